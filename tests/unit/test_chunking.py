@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vembed.chunking import plan_chunks, take_rows
+
+LENGTHS = st.lists(st.integers(1, 300), max_size=60)
+
+
+@given(LENGTHS, st.none() | st.integers(1, 20), st.none() | st.integers(1, 500))
+def test_every_row_is_in_one_chunk_and_every_chunk_within_its_budget(lengths, items, tokens):
+    chunks = plan_chunks(lengths, max_items=items, max_tokens=tokens)
+    assert sorted(row for chunk in chunks for row in chunk) == list(range(len(lengths)))
+    for chunk in chunks:
+        assert items is None or len(chunk) <= items
+        padded = len(chunk) * max(lengths[row] for row in chunk)
+        assert tokens is None or padded <= tokens or len(chunk) == 1
+
+
+@given(LENGTHS)
+def test_the_longest_come_first_and_ties_keep_their_order(lengths):
+    order = [row for chunk in plan_chunks(lengths, max_tokens=64) for row in chunk]
+    assert order == sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+
+def padded(rows: list[list[int]], left: bool) -> dict[str, torch.Tensor]:
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(r)) + r if left else r + [0] * (width - len(r)) for r in rows]
+    mask = [[int(token > 0) for token in row] for row in ids]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def test_rows_are_cut_to_their_longest_on_either_side():
+    rows = [[1, 2, 3, 4], [5], [6, 7]]
+    for left in (False, True):
+        taken = take_rows(padded(rows, left), [2, 1])
+        expected = padded([[6, 7], [5]], left)
+        assert torch.equal(taken["input_ids"], expected["input_ids"])
+        assert torch.equal(taken["attention_mask"], expected["attention_mask"])
+        known = take_rows(padded(rows, left), [2, 1], longest=2)
+        assert torch.equal(known["input_ids"], expected["input_ids"])
+
+
+def test_inputs_without_a_mask_or_of_other_shape_are_only_indexed():
+    images = {"pixel_values": torch.arange(12).reshape(3, 2, 2)}
+    assert torch.equal(take_rows(images, [2])["pixel_values"], images["pixel_values"][2:])
+    both = {**padded([[1, 2, 3], [4]], left=False), "pixel_values": torch.ones(2, 3, 5)}
+    assert take_rows(both, [1])["pixel_values"].shape == (1, 3, 5)

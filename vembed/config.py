@@ -1,0 +1,621 @@
+"""Every setting of a run, declared once: name, type, default, bound, unit, meaning.
+
+A YAML key, a command-line flag and an attribute are one word. Nothing here imports torch or
+transformers, so that a mistake is answered before the seconds that those imports take.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple, get_args
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+)
+from pydantic_core import ErrorDetails
+
+from vembed.errors import ConfigError, did_you_mean
+
+ALIASES = {"learning_rate": "lr", "model_name_or_path": "model_name"}
+"""Other spellings that are accepted, each with the key that it stands for."""
+
+SECTIONS = {
+    "model": "model_name",
+    "data": "data_path",
+    "loss": "loss_type",
+    "optimisation": "epochs",
+    "memory and processes": "chunk_tokens",
+    "reporting": "output_dir",
+}
+"""Groups of settings, each with its first key, in the order of `TrainConfig`."""
+
+RUN_REQUIRES = ("model_name", "data_path")
+"""Settings without a default that a whole run needs."""
+
+PoolingMethod = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last_token"]
+TorchDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Tracker = Literal["wandb", "tensorboard", "swanlab"]
+
+
+def _no_bool(value: Any) -> Any:
+    """Pydantic would read `true` as 1; a number that is a boolean is always a mistake."""
+    if isinstance(value, bool):
+        raise ValueError("a number is expected, not true or false")
+    return value
+
+
+def _split_trackers(value: Any) -> Any:
+    """`"wandb, swanlab"`, `"all"`, `"none"` and null as lists of names; anything else untouched."""
+    if value is None:
+        return []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        return value
+    words = [word.strip() for name in names for word in name.split(",") if word.strip()]
+    if words == ["none"]:
+        return []
+    return list(get_args(Tracker)) if words == ["all"] else list(dict.fromkeys(words))
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+
+
+class Setting(NamedTuple):
+    """A value for a key, as written, and where: `train.yaml:3`, `--lr`, or `` in Python."""
+
+    key: str
+    value: Any
+    origin: str = ""
+
+
+class Problem(NamedTuple):
+    """A broken rule. `keys[0]` is the setting it is about; the others are those it depends on."""
+
+    keys: tuple[str, ...]
+    rule: str
+
+    def located(self, origin: str | None) -> str:
+        """The problem as one line that starts with where the value came from."""
+        path = self.keys[0]
+        if not origin:
+            return f"{path}: {self.rule}"
+        return (
+            f"{origin}: {self.rule}" if origin == f"--{path}" else f"{origin}: {path}: {self.rule}"
+        )
+
+
+class SettingsError(ConfigError):
+    """Several settings that are unknown or do not fit."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        super().__init__(problems)
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return problem_list([problem.located(None) for problem in self.problems])
+
+
+class DatasetSpec(BaseModel):
+    """One of several training sets, with prompts and column names of its own."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    path: str
+    split: str | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
+    column_mapping: dict[str, str] | None = None
+
+
+class TrainConfig(BaseModel):
+    """All settings of a training run; also a mapping (`config["lr"]`, `"lr" in config`).
+
+    A value that does not fit, given here or assigned later, raises ConfigError.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+
+    _origins: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    # --- model
+    model_name: str | None = Field(
+        None,
+        description="Hub id, local folder, or package:NAME[/subdir] for weights in a package",
+    )
+    encoder_mode: str = Field(
+        "auto", description="auto (from the checkpoint's model_type), text, or package.module:Name"
+    )
+    revision: str | None = Field(
+        None, description="Hub revision (commit, tag or branch) of the model"
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code that comes with a hub model; needs revision"
+    )
+    pooling_method: PoolingMethod | None = Field(
+        None, description="Tokens to one vector; null takes the checkpoint's own"
+    )
+    normalize_embeddings: bool | None = Field(
+        None, description="Unit-length vectors; null takes the checkpoint's own"
+    )
+    max_seq_length: Int | None = Field(
+        None, gt=0, description="Tokens kept of a text; null takes the checkpoint's own"
+    )
+    query_prompt: str | None = Field(
+        None, description="Text put before every query; null takes the checkpoint's own"
+    )
+    document_prompt: str | None = Field(
+        None, description="Text put before every document; null takes the checkpoint's own"
+    )
+    torch_dtype: TorchDtype = Field(
+        "float32", description="Type of the weights in memory; auto keeps the checkpoint's"
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        None, description="Attention kernel; null lets transformers choose"
+    )
+    use_lora: bool = Field(
+        False, description="Train low-rank adapters instead of the backbone's weights"
+    )
+    lora_r: Int = Field(16, gt=0, description="LoRA rank")
+    lora_alpha: Float = Field(
+        32, gt=0, description="LoRA scale: updates are multiplied by lora_alpha / lora_r"
+    )
+    lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout on the LoRA input")
+    lora_target_modules: list[str] | None = Field(
+        None, description="Names of the layers to adapt; null: all linear layers"
+    )
+
+    # --- data
+    data_path: str | list[str | DatasetSpec] | None = Field(
+        None,
+        description="Training rows: file, Arrow folder or hub id; or a list of {path: ...}",
+    )
+    val_data_path: str | None = Field(
+        None, description="Rows for validation during training: a file or a BEIR folder"
+    )
+    test_data_path: str | None = Field(
+        None, description="Rows for the before/after table: a file or a BEIR folder"
+    )
+    holdout_ratio: Float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="Share of data_path held out as test set when test_data_path is null",
+    )
+    retrieval_mode: str = Field(
+        "t2t",
+        pattern="^[tim]2[tim]$",
+        description="Modality of query and document: t text, i image, m both, as in t2i",
+    )
+    column_mapping: dict[str, str] | None = Field(
+        None,
+        description="Our field name to your column name, as in {query: question, positive: answer}",
+    )
+    image_root: str | None = Field(
+        None, description="Folder that image paths are relative to, and must stay under"
+    )
+    streaming: bool = Field(
+        False, description="Read rows as they come instead of indexing the file first"
+    )
+    shuffle_buffer_size: Int = Field(10_000, gt=0, description="Rows that streaming shuffles among")
+    num_workers: Int = Field(0, ge=0, description="Processes that tokenise ahead of the step")
+    max_train_samples: Int | None = Field(
+        None, gt=0, description="Use only this many training rows; null: all"
+    )
+    drop_last: bool = Field(False, description="Drop the last, smaller batch of an epoch")
+
+    # --- loss
+    loss_type: str = Field("infonce", description="infonce, cosent, supcon, or package.module:Name")
+    loss_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of the loss"
+    )
+    temperature: Float = Field(0.05, gt=0, description="Similarities are divided by it")
+    learn_temperature: bool = Field(
+        False, description="Train the temperature, starting from the one given"
+    )
+    loss_bidirectional: bool = Field(
+        False, description="Also rank the queries for each positive, and average"
+    )
+    teacher_model_name: str | None = Field(
+        None, description="Model to distil from; named like model_name"
+    )
+    distillation_alpha: Float = Field(
+        0.5, ge=0, le=1, description="Weight of the task loss; the teacher's gets the rest"
+    )
+    distillation_temperature: Float = Field(
+        0.05, gt=0, description="Divides teacher and student similarities alike"
+    )
+
+    # --- optimisation
+    epochs: Int = Field(3, gt=0, description="Passes over the training rows")
+    max_steps: Int | None = Field(
+        None, gt=0, description="Stop after this many optimizer steps; null: epochs decide"
+    )
+    batch_size: Int = Field(32, gt=0, description="Pairs per process per micro-batch")
+    gradient_accumulation_steps: Int = Field(
+        1, gt=0, description="Micro-batches per optimizer step, each with its own negatives"
+    )
+    lr: Float = Field(5e-5, ge=0, description="Peak learning rate, reached after warm-up")
+    optimizer: str = Field(
+        "adamw", description="adamw, adam, sgd, adafactor, or package.module:Name"
+    )
+    optimizer_betas: tuple[Beta, Beta] = Field(
+        (0.9, 0.999), description="Decay rates of Adam's two averages"
+    )
+    optimizer_eps: Float = Field(
+        1e-8, gt=0, description="Term that keeps Adam's denominator from zero"
+    )
+    optimizer_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of the optimizer"
+    )
+    weight_decay: Float = Field(
+        0.01, ge=0, description="Decay of weights; biases, norms and the temperature are spared"
+    )
+    scheduler_type: str = Field(
+        "linear", description="Learning-rate schedule: any name transformers knows"
+    )
+    scheduler_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Further arguments of the schedule"
+    )
+    warmup_ratio: Float = Field(
+        0.1, ge=0, le=1, description="Share of optimizer steps spent warming up"
+    )
+    warmup_steps: Int | None = Field(
+        None, ge=0, description="Optimizer steps of warm-up; wins over warmup_ratio"
+    )
+    max_grad_norm: Float = Field(
+        1.0, ge=0, description="Gradient norm is clipped to this; 0 does not clip"
+    )
+    seed: Int = Field(42, ge=0, description="Seed of everything random")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Autocast type of forward and backward"
+    )
+
+    # --- memory and processes
+    chunk_tokens: Int = Field(
+        4096,
+        gt=0,
+        description="Padded tokens per forward; how a batch is cut changes no gradient",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute layers in backward: less memory, more time"
+    )
+    use_gradient_cache: bool = Field(
+        False, description="Encode in chunks and recompute them: large batches in little memory"
+    )
+    gradient_cache_chunk_size: Int = Field(
+        32, gt=0, description="Items per chunk of the gradient cache"
+    )
+    device: Literal["auto", "cpu"] = Field(
+        "auto", description="auto takes an accelerator when there is one"
+    )
+    num_processes: Int | None = Field(
+        None, gt=0, description="Processes that must take part; null: as many as were started"
+    )
+    ddp_find_unused_parameters: bool = Field(
+        False,
+        description="Allow trainable parameters without a gradient; otherwise an error names them",
+    )
+    ddp_static_graph: bool = Field(
+        False, description="Let DDP overlap reduction with backward; the graph must not change"
+    )
+
+    # --- reporting
+    output_dir: str = Field(
+        "runs/vembed",
+        min_length=1,
+        description="Folder for the model, checkpoints, metrics and report",
+    )
+    overwrite_output_dir: bool = Field(
+        False, description="Allow output_dir to hold an earlier run, which is replaced"
+    )
+    logging_steps: Int = Field(
+        10, gt=0, description="Optimizer steps between lines of metrics.jsonl"
+    )
+    eval_steps: Int | None = Field(
+        None, gt=0, description="Optimizer steps between validations; null: after each epoch"
+    )
+    save_steps: Int = Field(
+        0,
+        ge=0,
+        description="Optimizer steps between checkpoints; 0: only the final and the best model",
+    )
+    save_total_limit: Int | None = Field(2, ge=1, description="Checkpoints kept; null: all")
+    metric_for_best: str | None = Field(
+        None, description="Validation metric that picks the best model; null: the task's main one"
+    )
+    report_to: Annotated[list[Tracker], BeforeValidator(_split_trackers)] = Field(
+        default_factory=list, description="Trackers: wandb, tensorboard, swanlab, all, none"
+    )
+    project_name: str = Field("vembed", description="Project name in the trackers")
+    run_name: str | None = Field(
+        None, description="Run name in the trackers; null: the output folder's name"
+    )
+    tags: list[str] = Field(default_factory=list, description="Tags in the trackers that have them")
+    progress: bool = Field(True, description="Show progress bars")
+
+    def __init__(self, **settings: Any) -> None:
+        values, problems = merge_spellings(Setting(*item) for item in settings.items())
+        try:
+            super().__init__(**{key: setting.value for key, setting in values.items()})
+        except ValidationError as error:
+            problems += _reworded(error)
+        if problems:
+            raise SettingsError(problems) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        try:
+            super().__setattr__(name, value)
+        except ValidationError as error:
+            raise SettingsError(_reworded(error)) from None
+        if name in type(self).model_fields:
+            self._origins.pop(name, None)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        # Where the values came from makes no difference.
+        return isinstance(other, TrainConfig) and self.model_dump() == other.model_dump()
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """Where values came from (`train.yaml:3`, `--lr`), for keys set in a file or by flag."""
+        return self._origins
+
+    # --- a mapping, where the documented interface needs one
+    def __getitem__(self, key: str) -> Any:
+        try:
+            return getattr(self, self._field(key))
+        except KeyError:
+            raise KeyError(key) from None
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        setattr(self, self._field(key), value)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and ALIASES.get(key, key) in type(self).model_fields
+
+    def __iter__(self) -> Iterator[str]:  # type: ignore[override]
+        return iter(type(self).model_fields)
+
+    def keys(self) -> list[str]:
+        """The names of all settings."""
+        return list(type(self).model_fields)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of `key`, or `default` when there is no such setting."""
+        name = ALIASES.get(key, key)
+        return getattr(self, name) if name in type(self).model_fields else default
+
+    @classmethod
+    def _field(cls, key: str) -> str:
+        name = ALIASES.get(key, key)
+        if name not in cls.model_fields:
+            raise KeyError(key)
+        return name
+
+    @classmethod
+    def coerce(cls, config: TrainConfig | Mapping[str, Any]) -> TrainConfig:
+        """A TrainConfig from itself (the same object) or from a plain dict of settings.
+
+        Raises:
+            ConfigError: listing every unknown key and unfit value.
+        """
+        return config if isinstance(config, TrainConfig) else cls(**config)
+
+
+def merge_spellings(settings: Iterable[Setting]) -> tuple[dict[str, Setting], list[Problem]]:
+    """Settings by their real name: the last one wins, unless two spellings of one key disagree."""
+    found: dict[str, Setting] = {}
+    problems = []
+    for setting in settings:
+        name = ALIASES.get(setting.key, setting.key)
+        other = found.get(name)
+        if other is not None and other.key != setting.key and other.value != setting.value:
+            rule = (
+                f"is another spelling of {other.key!r}, which has another value"
+                f"{f' ({other.origin})' if other.origin else ''}: "
+                f"{setting.value!r} and {other.value!r}. Keep one of them"
+            )
+            problems.append(Problem((setting.key, name), rule))
+        found[name] = setting
+    return found, problems
+
+
+def problem_list(lines: Sequence[str]) -> str:
+    """The message that lists all problems of a configuration."""
+    count = "1 problem" if len(lines) == 1 else f"{len(lines)} problems"
+    return f"{count} in the configuration:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def check(
+    config: TrainConfig | Mapping[str, Any], *, required: Collection[str] = RUN_REQUIRES
+) -> list[str]:
+    """Problems between settings that are each fine on their own, one line each; empty when sound.
+
+    A plain function, because pydantic keeps a value that a model validator refused.
+
+    Args:
+        config: The settings.
+        required: Keys that must not be null; the default is what a whole run needs.
+    """
+    config = TrainConfig.coerce(config)
+    problems = find_conflicts(config, required)
+    return [problem.located(config.origins.get(problem.keys[0])) for problem in problems]
+
+
+def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[Problem]:
+    """What `check` reports, with the keys involved."""
+    missing = [Problem((key,), "required, but not set") for key in required if not config[key]]
+    return [
+        *missing,
+        *_model_conflicts(config),
+        *_data_conflicts(config),
+        *_optimisation_conflicts(config),
+    ]
+
+
+def _model_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    is_folder = config.model_name is not None and os.path.isdir(config.model_name)
+    if config.trust_remote_code and config.revision is None and not is_folder:
+        yield Problem(
+            ("trust_remote_code", "revision", "model_name"),
+            "runs code from the hub, so it needs a revision that fixes which code. "
+            "Set revision to a commit",
+        )
+    if config.attn_implementation == "flash_attention_2" and (
+        config.torch_dtype == "float32" and config.mixed_precision == "no"
+    ):
+        yield Problem(
+            ("attn_implementation", "torch_dtype", "mixed_precision"),
+            "flash_attention_2 computes in 16 bits only. "
+            "Set mixed_precision: bf16, or torch_dtype: bfloat16",
+        )
+
+
+def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    if config.image_root is not None and not set(config.retrieval_mode) & {"i", "m"}:
+        yield Problem(
+            ("image_root", "retrieval_mode"),
+            f"has no use: retrieval_mode {config.retrieval_mode} has no image. "
+            "Remove it, or choose a mode with i or m",
+        )
+    if not config.streaming:
+        return
+    if config.max_steps is None:
+        yield Problem(
+            ("streaming", "max_steps"),
+            "a stream has no known length, so epochs cannot be planned. Set max_steps",
+        )
+    if config.test_data_path is None and config.holdout_ratio > 0:
+        yield Problem(
+            ("streaming", "test_data_path", "holdout_ratio"),
+            "nothing can be held out of a stream. Set test_data_path, or holdout_ratio: 0",
+        )
+
+
+def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    steps, warmup = config.max_steps, config.warmup_steps
+    if steps is not None and warmup is not None and warmup > steps:
+        yield Problem(
+            ("warmup_steps", "max_steps"),
+            f"the learning rate would never be reached: {warmup} steps of warm-up, "
+            f"but max_steps is {steps}",
+        )
+    if config.mixed_precision == "fp16" and config.device == "cpu":
+        yield Problem(
+            ("mixed_precision", "device"),
+            "fp16 needs an accelerator, but device is cpu. Use bf16 or no",
+        )
+    if config.mixed_precision == "fp16" and config.torch_dtype == "float16":
+        yield Problem(
+            ("mixed_precision", "torch_dtype"),
+            "fp16 scales the loss, which needs weights in float32. Set torch_dtype: float32",
+        )
+    if config.ddp_static_graph:
+        yield from _static_graph_conflicts(config)
+
+
+def _static_graph_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    """DDP with a static graph must reduce in every backward pass, or dies of an internal assert."""
+    steps = config.gradient_accumulation_steps
+    for key, clashes in (
+        ("use_gradient_cache", config.use_gradient_cache),
+        ("gradient_accumulation_steps", steps > 1),
+    ):
+        if clashes:
+            yield Problem(
+                ("ddp_static_graph", key),
+                f"does not work with {key}: {str(config[key]).lower()}, because DDP with a static "
+                "graph must reduce gradients in every backward pass. Turn one of them off",
+            )
+
+
+# Names that pydantic puts into an error's location for the alternatives of `data_path`.
+_UNION_BRANCH = re.compile(r"str$|DatasetSpec$|list\[")
+
+_RULES = {
+    "int_parsing": "expected a whole number",
+    "int_type": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "int_parsing_size": "expected a smaller whole number",
+    "float_parsing": "expected a number",
+    "float_type": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_parsing": "expected true or false",
+    "bool_type": "expected true or false",
+    "string_type": "expected text",
+    "string_too_short": "expected text that is not empty",
+    "string_pattern_mismatch": "expected two of t (text), i (image), m (both) around a 2",
+    "list_type": "expected a list, as in [a, b]",
+    "tuple_type": "expected a list, as in [a, b]",
+    "dict_type": "expected keys with values, as in {{a: b}}",
+    "model_type": "expected keys with values, as in {{path: file}}",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_long": "expected {max_length} values",
+    "value_error": "{error}",
+}
+
+
+def _reworded(error: ValidationError) -> list[Problem]:
+    """Pydantic's errors in our words, one problem for each place."""
+    by_place: dict[str, list[ErrorDetails]] = {}
+    for detail in _deepest(error.errors(include_url=False)):
+        by_place.setdefault(_place(detail), []).append(detail)
+    return [_reword(place, details) for place, details in by_place.items()]
+
+
+def _deepest(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without the errors of those alternatives of `data_path` that fit least."""
+    depth = max((len(d["loc"]) for d in details if d["loc"][0] == "data_path"), default=0)
+    return [d for d in details if d["loc"][0] != "data_path" or len(d["loc"]) == depth]
+
+
+def _place(detail: ErrorDetails) -> str:
+    """The location as the user would write it: `data_path[0].split`."""
+    first, *rest = detail["loc"]
+    parts = [p for p in rest if first != "data_path" or not _UNION_BRANCH.match(str(p))]
+    return str(first) + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in parts)
+
+
+def _reword(place: str, details: list[ErrorDetails]) -> Problem:
+    key = place.replace("[", ".").split(".")[0]
+    first = details[0]
+    if first["type"] in ("extra_forbidden", "no_such_attribute"):
+        known = TrainConfig.model_fields if key == place else DatasetSpec.model_fields
+        # The value is not shown: a key that is not ours may be a password.
+        name = place.rpartition(".")[2]
+        return Problem((place, key), f"unknown setting{did_you_mean(name, list(known))}")
+    if first["type"] == "missing":
+        return Problem((place, key), "required, but not set")
+    rule = " or ".join(dict.fromkeys(_rule(detail) for detail in details))
+    rule = rule.replace(" or expected ", " or ")
+    stop = "" if rule.endswith("?") else "."
+    return Problem((place, key), f"{rule}{stop} Received: {_shown(first['input'])}")
+
+
+def _rule(detail: ErrorDetails) -> str:
+    context = detail.get("ctx", {})
+    if detail["type"] == "literal_error":
+        # pydantic writes the alternatives as "'a', 'b' or 'c'".
+        names = re.findall(r"'([^']*)'", context["expected"])
+        return f"expected one of {', '.join(names)}{did_you_mean(str(detail['input']), names)}"
+    template = _RULES.get(detail["type"])
+    return detail["msg"] if template is None else template.format(**context)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)

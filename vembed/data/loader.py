@@ -1,0 +1,212 @@
+"""From a data set to batches, in this process or in workers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from vembed.data.collator import Batch
+from vembed.data.dataset import RecordDataset, StreamingRecordDataset
+from vembed.data.records import Record
+from vembed.data.sampler import StatelessBatchSampler, check_shares, keeps_last, own_share
+from vembed.errors import DataError
+
+CollateRecords = Callable[[list[Record]], Batch]
+
+
+class RecordLoader(DataLoader[Any]):
+    """A DataLoader whose order is set by epoch, and whose workers' DataErrors arrive unchanged.
+
+    Attributes:
+        process_count: Processes that the rows are already shared among.
+    """
+
+    process_count: int = 1
+
+    def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
+        """Choose the epoch (from 0) to iterate over next, and the batch in it to begin with."""
+        order = self.dataset if self.batch_sampler is None else self.batch_sampler
+        assert_type: Any = order
+        assert_type.set_epoch(epoch, start_batch=start_batch)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message)
+            yield batch
+
+
+def build_dataloader(
+    dataset: RecordDataset | StreamingRecordDataset,
+    collator: CollateRecords,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    drop_last: bool = False,
+    shuffle: bool = True,
+    shuffle_buffer_size: int = 10_000,
+) -> RecordLoader:
+    """Batches of a data set for one of several processes.
+
+    The batches do not depend on `num_workers`, and those of all processes together are the batches
+    of one process with a `process_count` times larger `batch_size`. No global random state is used.
+
+    Args:
+        dataset: Rows. A stream is read whole by every worker of every process, each of which makes
+            its own batches only.
+        collator: Makes a batch of records; it is called in the workers.
+        batch_size: Rows per process.
+        seed: Seed of the run.
+        process_index: Number of this process, from 0.
+        process_count: Processes that train together.
+        num_workers: Further processes that make batches ahead of the training step.
+        drop_last: Whether to leave out a last batch that is not full.
+        shuffle: Whether rows come in random order, a new one in every epoch.
+        shuffle_buffer_size: Rows that a stream is shuffled among.
+
+    Raises:
+        ConfigError: if there would not be a single batch, or a number is out of range.
+    """
+    rows: Dataset[Any]
+    if isinstance(dataset, StreamingRecordDataset):
+        check_shares(batch_size, process_index, process_count)
+        buffer_size = shuffle_buffer_size if shuffle else None
+        shares = _Shares(batch_size, process_index, process_count, drop_last)
+        rows = _BatchStream(dataset, shares, seed, buffer_size)
+        order: dict[str, Any] = {"batch_size": None}
+    else:
+        rows = dataset
+        sampler = StatelessBatchSampler(
+            len(dataset),
+            batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
+            drop_last=drop_last,
+            shuffle=shuffle,
+        )
+        # A stream's epoch is set on the object that workers copy, so its workers start anew.
+        order = {"batch_sampler": sampler, "persistent_workers": num_workers > 0}
+    if num_workers:
+        # Tokenizers would warn at every fork; threads of the parent do not live in a worker.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    loader = RecordLoader(
+        rows,
+        collate_fn=_Collate(collator),
+        num_workers=num_workers,
+        worker_init_fn=_without_threads if num_workers else None,
+        generator=torch.Generator().manual_seed(seed),
+        **order,
+    )
+    loader.process_count = process_count
+    return loader
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """A DataError on its way out of a worker, where torch would wrap it in a traceback."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class _Collate:
+    """The collator, letting failures of a stream pass and catching its own in workers."""
+
+    collator: CollateRecords
+
+    def __call__(self, records: list[Record] | _Failure) -> Batch | _Failure:
+        if isinstance(records, _Failure):
+            return records
+        try:
+            return self.collator(records)
+        except DataError as error:
+            if get_worker_info() is None:
+                raise
+            return _Failure(str(error))
+
+
+@dataclass(frozen=True)
+class _Shares:
+    """How rows are shared out among processes; see `StatelessBatchSampler`."""
+
+    batch_size: int
+    process_index: int
+    process_count: int
+    drop_last: bool
+
+    def of(self, rows: list[Record]) -> list[Record]:
+        """What this process takes of a global batch."""
+        return own_share(rows, self.process_index, self.process_count)
+
+    @property
+    def global_size(self) -> int:
+        """Rows of a full global batch."""
+        return self.batch_size * self.process_count
+
+
+class _BatchStream(IterableDataset[Any]):
+    """One process's batches of a stream; of several workers, each makes every n-th."""
+
+    def __init__(
+        self,
+        dataset: StreamingRecordDataset,
+        shares: _Shares,
+        seed: int,
+        buffer_size: int | None,
+    ) -> None:
+        self._dataset = dataset
+        self._shares = shares
+        self._seed = seed
+        self._buffer_size = buffer_size
+        self._epoch = 0
+        self._start_batch = 0
+
+    def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
+        """See `RecordLoader.set_epoch`."""
+        self._epoch = epoch
+        self._start_batch = start_batch
+
+    def __iter__(self) -> Iterator[list[Record] | _Failure]:
+        worker = get_worker_info()
+        if worker is None:
+            yield from self._batches(0, 1)
+            return
+        try:
+            yield from self._batches(worker.id, worker.num_workers)
+        except DataError as error:
+            yield _Failure(str(error))
+
+    def _batches(self, worker: int, workers: int) -> Iterator[list[Record]]:
+        """Every `workers`-th batch: DataLoader asks its workers in turn, so the order is the same."""
+        rows = self._rows()
+        number = 0
+        while group := list(islice(rows, self._shares.global_size)):
+            if len(group) < self._shares.global_size and not keeps_last(
+                len(group), self._shares.process_count, self._shares.drop_last
+            ):
+                return
+            ahead = number - self._start_batch
+            if ahead >= 0 and ahead % workers == worker:
+                yield self._shares.of(group)
+            number += 1
+
+    def _rows(self) -> Iterator[Record]:
+        if self._buffer_size is None:
+            return iter(self._dataset)
+        return self._dataset.shuffled(
+            seed=self._seed, epoch=self._epoch, buffer_size=self._buffer_size
+        )
+
+
+def _without_threads(worker_id: int) -> None:  # noqa: ARG001 - DataLoader passes it
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,115 @@
+"""What is wrong with a row, said in one way, and the counting of many such problems."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from vembed.errors import DataError
+
+PROBLEM_LIMIT = 20
+"""Problems after which a file is read no further: enough to see their kinds."""
+
+_SHOWN_CHARACTERS = 80
+_SHOWN_NAMES = 12
+
+
+class RowProblem(Exception):
+    """One thing that is wrong in one row; turned into a DataError where file and line are known."""
+
+    def __init__(
+        self, field: str, rule: str, received: str = "", *, place: str = "", advice: str = ""
+    ) -> None:
+        """Assign.
+
+        Args:
+            field: The field, or `line` when the row could not be read at all.
+            rule: What it should have been.
+            received: What it is, as `describe` or `shorten` wrote it.
+            place: The field as the file writes it (column, list position) when that says more.
+            advice: What to do, as a sentence.
+        """
+        super().__init__(f"{field}: {rule}")
+        self.field = field
+        self.rule = rule
+        self.received = received
+        self.place = place or field
+        self.advice = advice
+
+    @property
+    def kind(self) -> str:
+        """What problems of the same sort have in common."""
+        return f"{self.field}: {self.rule}"
+
+    def describe_at(self, where: str) -> str:
+        """The whole message. `where` is `file:line`, or the file."""
+        received = f" Received: {self.received}." if self.received else ""
+        advice = f" {self.advice}" if self.advice else ""
+        return f"{where}: {self.place}: {self.rule}.{received}{advice}"
+
+
+class ProblemLog:
+    """Keeps the first problem of a file and counts the others by kind."""
+
+    def __init__(self) -> None:
+        self._first = ""
+        self._kinds: Counter[str] = Counter()
+        self._total = 0
+
+    @property
+    def is_full(self) -> bool:
+        """Whether reading on would tell nothing new."""
+        return self._total >= PROBLEM_LIMIT
+
+    def add(self, problem: RowProblem, where: str) -> None:
+        """Note a problem met at `where` (`file:line`)."""
+        self._total += 1
+        if self._total == 1:
+            self._first = problem.describe_at(where)
+        else:
+            self._kinds[problem.kind] += 1
+
+    def raise_if_any(self) -> None:
+        """Raise one DataError about everything that was added, if anything was."""
+        if not self._total:
+            return
+        more = self._total - 1
+        if not more:
+            raise DataError(self._first)
+        kinds = "; ".join(f"{count} x {kind}" for kind, count in self._kinds.most_common())
+        count = f"{more} more problem{'s' if more > 1 else ''}"
+        stopped = f" (stopped at {PROBLEM_LIMIT})" if self.is_full else ""
+        raise DataError(f"{self._first}\n  and {count}{stopped}: {kinds}")
+
+
+def describe(value: Any) -> str:
+    """A value as it is shown to the user: shortened, with its kind in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return f"{str(value).lower()} (a boolean)"
+    if isinstance(value, int | float):
+        return f"{shorten(str(value))} (a number)"
+    if isinstance(value, str):
+        return f"{shorten(value, quote=True)} (a text)"
+    if isinstance(value, list | tuple):
+        return f"{shorten(repr(value))} (a list of {len(value)})"
+    if isinstance(value, dict):
+        return f"{shorten(repr(value))} (an object)"
+    return f"{shorten(repr(value))} (of type {type(value).__name__})"
+
+
+def shorten(text: str, *, quote: bool = False) -> str:
+    """At most 80 characters of `text`, then `...`; quoted and escaped where asked."""
+    cut = text[:_SHOWN_CHARACTERS]
+    end = "..." if len(text) > _SHOWN_CHARACTERS else ""
+    return (repr(cut) if quote else cut) + end
+
+
+def list_names(names: Iterable[str]) -> str:
+    """Quoted names, a dozen at most."""
+    quoted = [shorten(name, quote=True) for name in names]
+    rest = len(quoted) - _SHOWN_NAMES
+    shown = ", ".join(quoted[:_SHOWN_NAMES])
+    return f"{shown} and {rest} more" if rest > 0 else shown or "none"

@@ -1,0 +1,320 @@
+"""Read files row by row, strictly and in bounded memory, keeping count of lines."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from vembed.data.problems import RowProblem, describe, list_names, shorten
+from vembed.errors import DataError
+from vembed.registry import did_you_mean
+
+MAX_LINE_BYTES = 32 * 2**20
+"""A longer line is refused: it is a broken file, or would not fit a model by orders of magnitude."""
+
+_UTF8_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_PARQUET_BATCH_ROWS = 1000
+
+
+class RawRow(NamedTuple):
+    """A row as the file has it.
+
+    Attributes:
+        line: Line number from 1; for formats without lines, the row number from 1.
+        values: Column to value, or what is wrong with the line.
+        done: Share of the file read so far, from 0 to 1.
+    """
+
+    line: int
+    values: Mapping[str, Any] | RowProblem
+    done: float
+
+
+def read_jsonl(path: str) -> Iterator[RawRow]:
+    """The objects of a JSON Lines file (`.gz` too); blank lines are passed over.
+
+    Raises:
+        DataError: if the file cannot be read.
+    """
+    with _open_binary(path) as (file, done):
+        for line, raw in _bounded_lines(file):
+            if isinstance(raw, RowProblem):
+                yield RawRow(line, raw, done())
+                return
+            values = parse_json_line(raw)
+            if values is not None:
+                yield RawRow(line, values, done())
+
+
+def parse_json_line(raw: bytes) -> Mapping[str, Any] | RowProblem | None:
+    """One line of a JSON Lines file: an object, what is wrong with it, or None when it is blank."""
+    text = _decode(raw)
+    if isinstance(text, RowProblem):
+        return text
+    text = text.strip()
+    if not text:
+        return None
+    rule, advice = "must be one JSON object", "Write one object per line."
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        received = f"{shorten(text, quote=True)}, broken at column {error.colno} ({error.msg})"
+        return RowProblem("line", rule, received, advice=advice)
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits; brackets nested thousands deep.
+        received = f"{shorten(text, quote=True)} ({shorten(str(error))})"
+        return RowProblem("line", rule, received, advice=advice)
+    if not isinstance(values, dict):
+        return RowProblem("line", rule, describe(values), advice=advice)
+    return values
+
+
+def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
+    """The rows of a CSV or TSV file with a header; every value is a text.
+
+    Quoting is that of RFC 4180 for both: a cell that starts with a quote ends with one, and quotes
+    inside it are doubled.
+
+    Raises:
+        DataError: if the file cannot be read or has no usable header.
+    """
+    # The csv module's limit is global; its default of 128 KiB is less than a long document.
+    csv.field_size_limit(MAX_LINE_BYTES)
+    with _open_binary(path) as (file, done):
+        reader = csv.reader(_text_lines(file), delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        while True:
+            line = reader.line_num + 1
+            try:
+                cells = next(reader, None)
+            except RowProblem as problem:  # a line that is no text: what follows may be mid-cell
+                yield RawRow(reader.line_num + 1, problem, done())
+                return
+            except csv.Error as error:
+                yield RawRow(line, _csv_problem(error), done())
+                return
+            if cells is None:
+                return
+            if header is None:
+                header = _check_header(path, line, cells)
+            elif cells:
+                yield RawRow(line, _to_row(header, cells), done())
+
+
+def read_parquet(path: str) -> Iterator[RawRow]:
+    """The rows of a Parquet file.
+
+    Raises:
+        DataError: if it is none, or is damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            total, line = file.metadata.num_rows, 0
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                for values in batch.to_pylist():
+                    line += 1
+                    yield RawRow(line, values, line / total)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: must be a Parquet file. Received: {shorten(str(error))}. Write it again"
+        ) from None
+
+
+def read_beir(folder: str, split: str) -> Iterator[RawRow]:
+    """Each query of a BEIR folder's split with its relevant documents, in the order of queries.jsonl.
+
+    A document's text is its title, a space and its text. Only the relevant documents are held in
+    memory. `line` is the line of queries.jsonl.
+
+    Raises:
+        DataError: if a file is missing or broken, or qrels name what is not there.
+    """
+    relevant = _read_qrels(folder, split)
+    wanted = {document for documents in relevant.values() for document in documents}
+    texts: dict[str, str] = {}
+    corpus = str(Path(folder, "corpus.jsonl"))
+    for row in read_jsonl(corpus):
+        identifier, values = _identified(corpus, row)
+        if identifier in wanted:
+            title, text = (_beir_text(corpus, row.line, values, f) for f in ("title", "text"))
+            texts[identifier] = f"{title} {text}".strip()
+    _check_known(folder, split, "document", wanted, texts)
+    queries = str(Path(folder, "queries.jsonl"))
+    seen: set[str] = set()
+    for row in read_jsonl(queries):
+        identifier, values = _identified(queries, row)
+        if identifier in relevant:
+            seen.add(identifier)
+            positives = [texts[document] for document in dict.fromkeys(relevant[identifier])]
+            pair = {"query": values.get("text"), "positive": positives}
+            yield RawRow(row.line, pair, row.done)
+    _check_known(folder, split, "query", set(relevant), seen)
+
+
+@contextmanager
+def _open_binary(path: str) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
+    """A file, unpacked when it ends in `.gz`, and a function that tells which share of it is read."""
+    try:
+        size = max(1, Path(path).stat().st_size)
+        with open(path, "rb") as raw:
+            if path.lower().endswith(".gz"):
+                with gzip.open(raw) as file:
+                    yield file, lambda: min(1.0, raw.tell() / size)
+            else:
+                yield raw, lambda: min(1.0, raw.tell() / size)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path}: must be a complete gzip file. Received: {error}. Write it again"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | RowProblem]]:
+    """Lines with their numbers from 1; one that is too long ends the reading."""
+    line = 0
+    while raw := file.readline(MAX_LINE_BYTES + 1):
+        line += 1
+        if len(raw) > MAX_LINE_BYTES:
+            yield line, RowProblem(
+                "line",
+                f"must not be longer than {MAX_LINE_BYTES // 2**20} MB",
+                shorten(repr(raw[:80])),
+                advice="Write one object per line, and shorten its texts.",
+            )
+            return
+        yield line, raw.removeprefix(_UTF8_MARK) if line == 1 else raw
+
+
+def _text_lines(file: IO[bytes]) -> Iterator[str]:
+    for _, raw in _bounded_lines(file):
+        text = raw if isinstance(raw, RowProblem) else _decode(raw)
+        if isinstance(text, RowProblem):
+            raise text
+        yield text
+
+
+def _decode(raw: bytes) -> str | RowProblem:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        utf16 = raw.startswith(_UTF16_MARKS)
+        return RowProblem(
+            "line",
+            "must be UTF-8",
+            "a UTF-16 byte-order mark" if utf16 else
+            f"byte 0x{raw[error.start]:02x} at byte {error.start} of the line (counted from 0)",
+            advice="Save the file as UTF-8.",
+        )  # fmt: skip
+
+
+def _csv_problem(error: csv.Error) -> RowProblem:
+    return RowProblem(
+        "line",
+        "must be a row of cells, each either without quotes or quoted whole",
+        str(error),
+        advice="Quote the cell, double the quotes in it, and close it.",
+    )
+
+
+def _check_header(path: str, line: int, cells: list[str]) -> list[str]:
+    names = [name for name in cells if name]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(
+            f"{path}:{line}: header: column names must differ. Received twice: "
+            f"{list_names(repeated)}. Rename them"
+        )
+    if not names:
+        raise DataError(f"{path}:{line}: header: the first line must name the columns")
+    return cells
+
+
+def _to_row(header: list[str], cells: list[str]) -> Mapping[str, Any] | RowProblem:
+    if len(cells) != len(header):
+        return RowProblem(
+            "line",
+            "must have as many cells as the header",
+            f"{len(cells)} cells for {len(header)} columns",
+            advice="Quote cells that hold the separator or a line break.",
+        )
+    return {name: cell for name, cell in zip(header, cells, strict=True) if name}
+
+
+def _read_qrels(folder: str, split: str) -> dict[str, list[str]]:
+    """Relevant documents (score above 0) of each query, in the order of the file."""
+    path = Path(folder, "qrels", f"{split}.tsv")
+    if not path.is_file():
+        splits = sorted(file.stem for file in path.parent.glob("*.tsv"))
+        raise DataError(
+            f"{path}: there is no such file. Splits of this BEIR folder: {list_names(splits)}. "
+            f"Choose one with split{did_you_mean(split, splits)}"
+        )
+    relevant: dict[str, list[str]] = {}
+    with _open_binary(str(path)) as (file, _):
+        for line, raw in _bounded_lines(file):
+            text = raw if isinstance(raw, RowProblem) else _decode(raw)
+            judgement = text if isinstance(text, RowProblem) else _judgement(line, text)
+            if isinstance(judgement, RowProblem):
+                raise DataError(judgement.describe_at(f"{path}:{line}"))
+            if judgement is not None:
+                relevant.setdefault(judgement[0], []).append(judgement[1])
+    return relevant
+
+
+def _judgement(line: int, text: str) -> tuple[str, str] | RowProblem | None:
+    """Query and document of a line of qrels; None for a header, a blank line or no relevance."""
+    cells = text.strip().split("\t")
+    if cells == [""] or (line == 1 and cells[0] == "query-id"):
+        return None
+    try:
+        query, document, score = cells
+        relevance = int(score)
+    except ValueError:
+        return RowProblem(
+            "line",
+            "must be query-id, corpus-id and a whole number, separated by tabs",
+            describe(text),
+        )
+    return (query, document) if relevance > 0 else None
+
+
+def _identified(path: str, row: RawRow) -> tuple[str, Mapping[str, Any]]:
+    where = f"{path}:{row.line}"
+    if isinstance(row.values, RowProblem):
+        raise DataError(row.values.describe_at(where))
+    identifier = row.values.get("_id")
+    if not isinstance(identifier, str) or not identifier:
+        raise DataError(
+            f"{where}: _id: a text that is not empty is expected. Received: {describe(identifier)}"
+        )
+    return identifier, row.values
+
+
+def _beir_text(path: str, line: int, values: Mapping[str, Any], field: str) -> str:
+    text = values.get(field, "")
+    if not isinstance(text, str):
+        raise DataError(f"{path}:{line}: {field}: a text is expected. Received: {describe(text)}")
+    return text
+
+
+def _check_known(
+    folder: str, split: str, kind: str, named: set[str], known: set[str] | dict[str, str]
+) -> None:
+    unknown = sorted(named.difference(known))
+    if unknown:
+        raise DataError(
+            f"{Path(folder, 'qrels', split + '.tsv')}: every {kind} must be in the folder's jsonl "
+            f"files. Received: {list_names(unknown)}, which {'is' if len(unknown) == 1 else 'are'} "
+            "not there"
+        )

@@ -1,0 +1,172 @@
+"""Collectives on torch.distributed: the lowest layer that knows of other processes.
+
+# Shapes: B rows on this process, P rows of all processes, D columns
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_BUCKET_BYTES = 256 * 2**20
+
+
+def is_distributed() -> bool:
+    """Whether a process group of more than one process is up."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def process_count() -> int:
+    """Number of processes that train together; 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def process_index() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+    """These numbers of every process, by process. Collective: every process must call it.
+
+    Args:
+        numbers: As many on every process.
+        device: Where the process group communicates from.
+    """
+    if not is_distributed():
+        return [list(numbers)]
+    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    gathered = own.new_empty(process_count() * len(own))
+    dist.all_gather_into_tensor(gathered, own)
+    return [[int(n) for n in of_process] for of_process in gathered.view(-1, len(own)).tolist()]
+
+
+def gather_counts(count: int, device: torch.device) -> list[int]:
+    """How many rows every process holds, by process. Collective: every process must call it."""
+    return [of_process[0] for of_process in gather_numbers([count], device)]
+
+
+class _GatherRows(torch.autograd.Function):
+    """All-gather whose backward sums what every process contributed to this process's rows."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, rows: Tensor, counts: list[int]
+    ) -> Tensor:
+        ctx.counts = counts  # type: ignore[attr-defined]
+        return _all_gather_uneven(rows, counts)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+        counts: list[int] = ctx.counts  # type: ignore[attr-defined]
+        # All-reduce, then a slice: gloo cannot reduce-scatter uneven rows, and [P, D] is small
+        # beside activations.
+        grad = grads[0].contiguous().clone()
+        dist.all_reduce(grad)
+        start = sum(counts[: process_index()])
+        return grad[start : start + counts[process_index()]], None
+
+
+def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
+    """Concatenate the rows of every process, keeping gradients.
+
+    The backward pass sums, over processes, the gradients of this process's rows; no factor of the
+    number of processes is applied anywhere, so the mean that data parallelism takes over processes
+    is the global mean.
+
+    Collective: every process must call it, in the same order, and its backward is collective too:
+    the rows of all processes need gradients or those of none do, and every process's loss must
+    depend on the result, if only by a zero. Row counts may differ.
+
+    Args:
+        rows: `[B, ...]`, this process's rows.
+        counts: Rows per process when already known (see `gather_counts`), which saves a collective.
+
+    Returns:
+        `[P, ...]`, ordered by process. Without a process group, `rows` itself.
+    """
+    if not is_distributed():
+        return rows
+    counts = gather_counts(len(rows), rows.device) if counts is None else counts
+    if rows.requires_grad:
+        gathered: Tensor = _GatherRows.apply(rows, counts)  # type: ignore[no-untyped-call]
+        return gathered
+    return _all_gather_uneven(rows, counts)
+
+
+def all_reduce_mean(value: Tensor) -> Tensor:
+    """Mean of `value` over processes, without gradient. Collective: every process must call it."""
+    return all_reduce_sum(value) / process_count()
+
+
+def all_reduce_sum(value: Tensor) -> Tensor:
+    """Sum of `value` over processes, without gradient. Collective: every process must call it."""
+    total = value.detach().clone()
+    if is_distributed():
+        dist.all_reduce(total)
+    return total
+
+
+def reduce_gradients(parameters: Iterable[nn.Parameter]) -> int:
+    """Average the gradients of trainable `parameters` over processes, in place, in flat buckets.
+
+    A parameter without a gradient on this process counts as zero, so that processes whose batches
+    used different parts of a model agree; one without a gradient on every process keeps `None`.
+
+    Collective: every process must call it with the same parameters in the same order.
+
+    Returns:
+        The number of all-reduce calls made on gradients.
+    """
+    trainable = [p for p in parameters if p.requires_grad]
+    if not is_distributed() or not trainable:
+        return 0
+    used = torch.tensor(
+        [p.grad is not None for p in trainable], dtype=torch.int32, device=trainable[0].device
+    )
+    dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    calls = 0
+    for bucket in _buckets([p for p, flag in zip(trainable, used.tolist(), strict=True) if flag]):
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        flat = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(flat)
+        flat /= process_count()
+        parts = torch.split(flat, [g.numel() for g in grads])
+        for parameter, part in zip(bucket, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        calls += 1
+    return calls
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    """Consecutive parameters of one dtype, together at most `_BUCKET_BYTES`, or a larger one."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        nbytes = parameter.numel() * parameter.element_size()
+        if bucket and (size + nbytes > _BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += nbytes
+    if bucket:
+        yield bucket
+
+
+def _all_gather_uneven(rows: Tensor, counts: list[int]) -> Tensor:
+    longest = max(counts)
+    if longest == 0:
+        return rows.detach().clone()
+    padded = rows.detach().contiguous()
+    if len(rows) < longest:
+        padded = torch.cat([padded, padded.new_zeros(longest - len(rows), *rows.shape[1:])])
+    gathered = padded.new_empty(longest * len(counts), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, padded)
+    if min(counts) == longest:
+        return gathered
+    return torch.cat(
+        [gathered[i * longest : i * longest + count] for i, count in enumerate(counts)]
+    )

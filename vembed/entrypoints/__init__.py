@@ -1,0 +1,1 @@
+"""Programs that a launcher starts by their path."""

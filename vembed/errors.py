@@ -1,0 +1,72 @@
+"""The errors a user can meet. Each is also the built-in that fits, for `except ValueError`.
+
+Pattern of every message: what rule, what was received, where, what to do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+
+_WAIT_FOR_FIRST_PROCESS_S = 3.0
+
+
+class VembedError(Exception):
+    """Base of every error that vembed raises on purpose.
+
+    `exit_code` is the status of a program that it ends.
+    """
+
+    exit_code = 1
+
+
+class ConfigError(VembedError, ValueError):
+    """A setting, flag or combination of settings that cannot work."""
+
+    exit_code = 2
+
+
+class DataError(VembedError, ValueError):
+    """A data file or row that cannot be used. The message starts with its `file:line`, if any."""
+
+    exit_code = 2
+
+
+class CheckpointError(VembedError, OSError):
+    """A model folder that is missing, incomplete, or does not fit."""
+
+    exit_code = 2
+
+
+class DistributedError(VembedError, RuntimeError):
+    """Processes that disagree, or fewer processes than were asked for."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` -- did you mean 'x' or 'y'?` with the nearest of `known`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f" -- did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def exit_status(program: Callable[[], int]) -> int:
+    """Run a program and return its exit status; what a user can meet is told in one message.
+
+    Of several processes the first one speaks: the message is almost always the same for all. The
+    others wait, for the launcher to end them, and speak only if it has not: then theirs differs.
+
+    Errors that are no VembedError keep their traceback.
+    """
+    try:
+        return program()
+    except VembedError as error:
+        rank = int(os.environ.get("RANK", "0"))
+        if rank:
+            time.sleep(_WAIT_FOR_FIRST_PROCESS_S)
+        sys.stderr.write(f"vembed{f' (process {rank})' if rank else ''}: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        sys.stderr.write("vembed: interrupted\n")
+        return 130

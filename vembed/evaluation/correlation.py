@@ -1,0 +1,26 @@
+"""Correlation of two columns, over any number of resamples at once.
+
+# Shapes: ... resamples, n pairs
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+
+def pearson(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson correlation of the two columns of `[..., n, 2]`; 0 where a column is constant."""
+    centred = columns - columns.mean(axis=-2, keepdims=True)
+    x, y = centred[..., 0], centred[..., 1]
+    covariance = np.asarray((x * y).sum(axis=-1))
+    scale = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
+    # Centring leaves rounding residue of a constant column, not 0; its span is exactly 0.
+    span = np.ptp(columns, axis=-2).min(axis=-1)
+    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=span > 0)
+
+
+def spearman(columns: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Spearman rank correlation of the two columns of `[..., n, 2]`; ties take their mean rank."""
+    return pearson(rankdata(columns, axis=-2))

@@ -1,0 +1,295 @@
+"""The report as one HTML page: no script, no request to anywhere; every text that is not ours is escaped."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from vembed.evaluation.intervals import RESAMPLES, SWAPS, MetricChange
+from vembed.evaluation.metrics import metric_label
+from vembed.evaluation.moved import MovedQueries, MovedQuery
+
+_SHOWN_CHARACTERS = 280
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """What the page shows; see `write_report`. `curves` are `<svg>` elements."""
+
+    title: str
+    changes: Sequence[MetricChange]
+    moved: MovedQueries
+    curves: Sequence[str]
+    settings: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    items: str
+
+
+def build_page(data: ReportData) -> str:
+    """The whole document."""
+    body = "\n".join(
+        part
+        for part in (
+            _header(data),
+            _measurements(data),
+            _curves(data.curves),
+            _moved(data.moved),
+            _facts(data.facts),
+            _settings(data.settings),
+            _method(data),
+        )
+        if part
+    )
+    style = files("vembed.evaluation").joinpath("report.css").read_text(encoding="utf-8")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
+img-src data:"> <title>{escape(data.title)}</title> <style> {style}</style> </head> <body> <main>
+{body} </main> </body> </html>
+"""
+
+
+def format_p_value(p_value: float) -> str:
+    """Three digits, or `<0.001`."""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def shorten(text: str, length: int = _SHOWN_CHARACTERS) -> str:
+    """One line of at most `length` characters, cut at a space."""
+    line = " ".join(text.split())
+    if len(line) <= length:
+        return line
+    cut = line[: length - 1]
+    return (cut[: cut.rindex(" ")] if " " in cut[length // 2 :] else cut) + "…"
+
+
+def _header(data: ReportData) -> str:
+    return f"""<header>
+<p class="overline">vembed report</p>
+<h1>{escape(data.title)}</h1>
+{_verdict(data.changes[0], data.items) if data.changes else ""}
+</header>"""
+
+
+def _verdict(change: MetricChange, items: str) -> str:
+    metric = escape(metric_label(change.metric))
+    verb = {"better": "rose", "worse": "fell", "unclear": "went"}[change.verdict]
+    doubt = "" if change.verdict != "unclear" else " The interval holds zero: this may be chance."
+    return f"""<p class="verdict">{metric} {verb} from <b class="before">{change.before:.3f}</b>
+to <b class="after">{change.after:.3f}</b> on {change.items:,} held-out {escape(items)}.</p>
+<p class="doubt"><span class="chip {change.verdict}">{change.difference:+.3f}</span>
+95&nbsp;% interval {change.difference_low:+.3f} to {change.difference_high:+.3f}, p&nbsp;{_p_relation(change.p_value)}.{doubt}</p>"""
+
+
+def _p_relation(p_value: float) -> str:
+    text = format_p_value(p_value)
+    return f"&lt;&nbsp;{text[1:]}" if text.startswith("<") else f"=&nbsp;{text}"
+
+
+def _measurements(data: ReportData) -> str:
+    if not data.changes:
+        return ""
+    axis = _Axis.covering(data.changes)
+    rows = "\n".join(_measurement(change, axis) for change in data.changes)
+    return f"""<section>
+<h2>Before and after</h2>
+<table class="measures">
+<thead><tr><th scope="col">Metric</th><th scope="col">Before</th><th scope="col">After</th>
+<th scope="col">Change</th><th scope="col">p</th><th scope="col"
+class="plot">{axis.labels()}</th></tr></thead> <tbody> {rows} </tbody> </table> <p
+class="note"><span class="dot before"></span> before <span class="dot after"></span> after. Bars and
+small figures are 95&nbsp;% intervals; the interval of the change is that of the paired
+difference.</p>
+</section>"""
+
+
+def _measurement(change: MetricChange, axis: _Axis) -> str:
+    return f"""<tr>
+<th scope="row">{escape(metric_label(change.metric))}</th>
+<td data-label="Before">{_number(f"{change.before:.4f}", f"{change.before_low:.3f} to
+{change.before_high:.3f}")}</td> <td data-label="After">{_number(f"{change.after:.4f}",
+f"{change.after_low:.3f} to {change.after_high:.3f}")}</td> <td data-label="Change"
+class="{change.verdict}">{_number(f"{change.difference:+.4f}", f"{change.difference_low:+.3f} to
+{change.difference_high:+.3f}")}</td> <td
+data-label="p">{escape(format_p_value(change.p_value))}</td> <td class="plot">{_dumbbell(change,
+axis)}</td>
+</tr>"""
+
+
+def _number(value: str, interval: str) -> str:
+    return f"{value}<small>{interval}</small>"
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """The common scale of the interval plots."""
+
+    low: float
+    high: float
+    step: float
+
+    @classmethod
+    def covering(cls, changes: Sequence[MetricChange]) -> _Axis:
+        low = min(min(c.before_low, c.after_low) for c in changes)
+        high = max(max(c.before_high, c.after_high) for c in changes)
+        step = next(
+            s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 5 or s == 0.5
+        )
+        return cls(
+            math.floor(low / step) * step,
+            max(math.ceil(high / step), math.floor(low / step) + 1) * step,
+            step,
+        )
+
+    def place(self, value: float) -> str:
+        return f"{100 * (value - self.low) / (self.high - self.low):.2f}%"
+
+    def ticks(self) -> list[float]:
+        return [
+            self.low + i * self.step for i in range(round((self.high - self.low) / self.step) + 1)
+        ]
+
+    def labels(self) -> str:
+        digits = 2 if self.step < 0.1 else 1
+        marks = "".join(
+            f'<span style="left:{self.place(tick)}">{tick:.{digits}f}</span>'
+            for tick in self.ticks()
+        )
+        return f'<span class="axis" aria-hidden="true">{marks}</span>'
+
+
+def _dumbbell(change: MetricChange, axis: _Axis) -> str:
+    """Two points with their intervals and a line from one to the other, on a scale in per cent of the width."""
+    grid = "".join(
+        f'<line class="grid" x1="{axis.place(t)}" x2="{axis.place(t)}" y1="0" y2="44"/>'
+        for t in axis.ticks()
+    )
+    sides = "".join(
+        f'<line class="bar {name}" x1="{axis.place(low)}" x2="{axis.place(high)}" y1="{y}" y2="{y}"/>'
+        f'<circle class="{name}" cx="{axis.place(value)}" cy="{y}" r="5"/>'
+        for name, low, value, high, y in (
+            ("before", change.before_low, change.before, change.before_high, 14),
+            ("after", change.after_low, change.after, change.after_high, 30),
+        )
+    )
+    label = f"{metric_label(change.metric)}: before {change.before:.3f}, after {change.after:.3f}"
+    return f'<svg class="dumbbell" role="img" aria-label="{escape(label)}">{grid}{sides}</svg>'
+
+
+def _curves(curves: Sequence[str]) -> str:
+    if not curves:
+        return ""
+    figures = "\n".join(f"<figure>{svg}</figure>" for svg in curves)
+    return f'<section>\n<h2>Training</h2>\n<div class="curves">\n{figures}\n</div>\n</section>'
+
+
+def _moved(moved: MovedQueries) -> str:
+    if not moved.improved and not moved.worsened:
+        return ""
+    total = moved.improved_count + moved.worsened_count + moved.unchanged_count
+    shares = "".join(
+        f'<span class="{name}" style="flex-grow:{count}"></span>'
+        for name, count in (
+            ("better", moved.improved_count),
+            ("unclear", moved.unchanged_count),
+            ("worse", moved.worsened_count),
+        )
+        if count
+    )
+    return f"""<section>
+<h2>Queries that moved</h2>
+<p>Of {total:,} queries, the right answer stands higher for <b>{moved.improved_count:,}</b>,
+lower for <b>{moved.worsened_count:,}</b>, and where it stood for {moved.unchanged_count:,}.</p>
+<div class="shares" aria-hidden="true">{shares}</div>
+<div class="moves">
+{_move_list("Improved most", "better", moved.improved)}
+{_move_list("Worsened most", "worse", moved.worsened)}
+</div>
+</section>"""
+
+
+def _move_list(heading: str, verdict: str, queries: Sequence[MovedQuery]) -> str:
+    if not queries:
+        return f"<div><h3>{heading}</h3><p>None.</p></div>"
+    cards = "\n".join(_move(query, verdict) for query in queries)
+    return f"<div><h3>{heading}</h3>\n{cards}\n</div>"
+
+
+def _move(query: MovedQuery, verdict: str) -> str:
+    rows = [("Right answer", query.right_answer, "")]
+    for label, text, rank in (
+        ("First before", query.top_before, query.rank_before),
+        ("First after", query.top_after, query.rank_after),
+    ):
+        rows.append((label, "the right answer", "right") if rank == 1 else (label, text, ""))
+    listed = "".join(
+        f'<dt>{label}</dt><dd class="{kind}">{escape(shorten(text))}</dd>'
+        for label, text, kind in rows
+    )
+    return f"""<article>
+<p class="query">{escape(shorten(query.query))}</p>
+<p class="ranks">rank <b>{query.rank_before:,}</b> → <b class="chip
+{verdict}">{query.rank_after:,}</b></p> <dl>{listed}</dl>
+</article>"""
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    if not facts:
+        return ""
+    listed = "".join(
+        f"<div><dt>{escape(str(label))}</dt><dd>{escape(str(value))}</dd></div>"
+        for label, value in facts.items()
+    )
+    return f'<section>\n<h2>The run</h2>\n<dl class="facts">{listed}</dl>\n</section>'
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    if not settings:
+        return ""
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(str(key))}</th><td>{escape(_setting(value))}</td></tr>'
+        for key, value in settings.items()
+    )
+    return f"""<details>
+<summary>All {len(settings)} settings</summary>
+<table class="settings"><tbody>
+{rows}
+</tbody></table>
+</details>"""
+
+
+def _setting(value: Any) -> str:
+    """As YAML would have it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Mapping):
+        return _joined(f"{key}: {_setting(entry)}" for key, entry in value.items()).join("{}")
+    if isinstance(value, list | tuple):
+        return _joined(_setting(entry) for entry in value).join("[]")
+    return str(value)
+
+
+def _joined(parts: Iterable[str]) -> str:
+    return ", ".join(parts)
+
+
+def _method(data: ReportData) -> str:
+    if not data.changes:
+        return ""
+    items = escape(data.items)
+    return f"""<footer>
+<p>Both models answered the same {items}; none of them was trained on. Intervals: {RESAMPLES:,}
+bootstrap resamples of the {items}, the same ones for both models. p: paired randomisation test,
+{SWAPS:,} random swaps. Equal scores are ordered to the disadvantage of the model, so a model that
+gives every text the same vector earns nothing. Metrics follow trec_eval.</p>
+</footer>"""

@@ -1,0 +1,109 @@
+"""What an evaluation task is, and what it finds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vembed.errors import VembedError
+from vembed.evaluation.search import Neighbours
+from vembed.modes import Item
+
+Role = Literal["query", "document"]
+Encode = Callable[[Sequence[Item], Role], NDArray[np.float32]]
+"""Items and their role to vectors `[n, D]`, in the order of the items."""
+
+
+@dataclass(frozen=True)
+class Rankings:
+    """Which documents each query found: for showing, and for following a query from one model to another."""
+
+    queries: Sequence[Item]
+    documents: Sequence[Item]
+    neighbours: Neighbours
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Metrics of one model on one task, with what is needed to say how sure they are.
+
+    Attributes:
+        task: Name of the task.
+        items: What is counted, in the plural: `"queries"`, `"pairs"`, `"texts"`.
+        headline: Names of the metrics to show, the main one first.
+        metrics: Every metric by name.
+        per_item: By metric, one row per item. The metric is the mean of the column; for `spearman`
+            and `pearson` it is the correlation of the two columns, cosine and score.
+        rankings: What was found, for retrieval; otherwise None.
+    """
+
+    task: str
+    items: str
+    headline: tuple[str, ...]
+    metrics: dict[str, float]
+    per_item: dict[str, NDArray[np.float64]]
+    rankings: Rankings | None = None
+
+    @property
+    def main_metric(self) -> str:
+        """The metric that stands for the task."""
+        return self.headline[0]
+
+    def __len__(self) -> int:
+        """Number of items that were counted."""
+        return len(self.per_item[self.main_metric])
+
+
+@runtime_checkable
+class EvalTask(Protocol):
+    """Something that a model can be measured on."""
+
+    name: str
+    main_metric: str
+
+    def evaluate(self, encode: Encode) -> EvalResult:
+        """Measure the model behind `encode`. Every item counts once."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes of the task, by what they count; for reports and logs."""
+        ...
+
+
+def mean_result(
+    task: str,
+    *,
+    items: str,
+    headline: tuple[str, ...],
+    per_item: Mapping[str, NDArray[np.float64]],
+    rankings: Rankings | None = None,
+) -> EvalResult:
+    """An EvalResult whose metrics are the means of their per-item values."""
+    metrics = {name: float(values.mean()) for name, values in per_item.items()}
+    return EvalResult(task, items, headline, metrics, dict(per_item), rankings)
+
+
+def encode_checked(encode: Encode, items: Sequence[Item], role: Role) -> NDArray[np.float32]:
+    """Encode, and refuse what cannot be ranked.
+
+    Raises:
+        VembedError: if there is not one row per item, or a vector holds NaN or infinity.
+    """
+    vectors = np.asarray(encode(items, role), dtype=np.float32)
+    if vectors.ndim != 2 or len(vectors) != len(items):
+        raise VembedError(
+            f"evaluation: encode must give one row per item, [{len(items)}, D]. "
+            f"Received: shape {list(vectors.shape)}"
+        )
+    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(broken):
+        shown = repr((items[broken[0]].text or items[broken[0]].image or "")[:80])
+        raise VembedError(
+            f"evaluation: the model gave NaN or infinity for {len(broken)} of {len(items)} items, the first is "
+            f"{shown}; the weights have diverged, or the precision is too low"
+        )
+    return vectors

@@ -1,0 +1,149 @@
+"""Exact nearest neighbours by cosine: blocks of queries against all documents, never an N x N matrix.
+
+# Shapes: Q queries, q queries of one block, N documents, D size, K documents kept per query
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Cosines are compared in steps of 2^-20 (1e-6): coarser than float32 rounding, so equal vectors tie
+# wherever they stand in a matrix product; finer than any difference that means something.
+COSINE_STEPS = 2**20
+_BLOCK_ENTRIES = 2**22  # float64 similarities held at once: 32 MB
+_BLOCK_QUERIES = (
+    16  # at least: with fewer, reading a large corpus from memory is what takes the time
+)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The nearest documents of each query; ties stand least relevant first (see `metrics`).
+
+    Attributes:
+        documents_QK: Document numbers, best first; -1 where a query has fewer than K candidates.
+        cosines_QK: Their cosines; 0 where the document is -1.
+        right_document_Q: The relevant document that stands highest, at whatever rank; -1 when there
+            is none.
+        right_rank_Q: Its rank, from 1; 0 when there is none.
+    """
+
+    documents_QK: NDArray[np.int64]
+    cosines_QK: NDArray[np.float32]
+    right_document_Q: NDArray[np.int64]
+    right_rank_Q: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What is known of some (query, document) pairs of a block of queries: three columns of equal length.
+
+    Attributes:
+        rows: Row of the query in the block.
+        documents: Document number.
+        gains: Relevance grade: above 0 relevant, 0 not relevant, negative: not a candidate for this
+            query.
+    """
+
+    rows: NDArray[np.int64]
+    documents: NDArray[np.int64]
+    gains: NDArray[np.float64]
+
+
+def find_neighbours(
+    queries_QD: NDArray[np.float32],
+    documents_ND: NDArray[np.float32],
+    judge: Callable[[range], Judgements],
+    *,
+    depth: int,
+) -> Neighbours:
+    """Rank all documents for every query by cosine and keep the first `depth`.
+
+    Args:
+        queries_QD: Query vectors, of any length.
+        documents_ND: Document vectors, of any length.
+        judge: Judgements of a range of queries, asked for block by block.
+        depth: Documents kept per query (K is smaller when there are fewer documents).
+    """
+    count = len(documents_ND)
+    kept = min(depth, count)
+    found = Neighbours(
+        documents_QK=np.full((len(queries_QD), kept), -1, dtype=np.int64),
+        cosines_QK=np.zeros((len(queries_QD), kept), dtype=np.float32),
+        right_document_Q=np.full(len(queries_QD), -1, dtype=np.int64),
+        right_rank_Q=np.zeros(len(queries_QD), dtype=np.int64),
+    )
+    queries, documents = _unit_rows(queries_QD), _unit_rows(documents_ND)
+    for block in _blocks(len(queries_QD), count):
+        judgements = judge(block)
+        keys_qN = _sort_keys(queries[block.start : block.stop] @ documents.T, judgements)
+        _keep_best(keys_qN, block, found)
+        _place_right_document(keys_qN, block, judgements, found)
+    return found
+
+
+def paired_cosines(
+    first_ND: NDArray[np.float32], second_ND: NDArray[np.float32]
+) -> NDArray[np.float64]:
+    """Cosine of row i of one side with row i of the other, in the steps that rankings use."""
+    cosines = (_unit_rows(first_ND).double() * _unit_rows(second_ND).double()).sum(1)
+    return np.asarray((torch.round(cosines * COSINE_STEPS) / COSINE_STEPS).numpy())
+
+
+def _unit_rows(rows_ND: NDArray[np.float32]) -> Tensor:
+    rows = torch.from_numpy(np.ascontiguousarray(rows_ND, dtype=np.float32))
+    return torch.nn.functional.normalize(rows, dim=1)
+
+
+def _blocks(queries: int, documents: int) -> Iterator[range]:
+    size = max(_BLOCK_QUERIES, _BLOCK_ENTRIES // max(1, documents))
+    for start in range(0, queries, size):
+        yield range(start, min(start + size, queries))
+
+
+def _sort_keys(cosines_qN: Tensor, judgements: Judgements) -> Tensor:
+    """Cosines in whole steps; a relevant document loses less than one step, the more the higher its grade.
+
+    Sorting by this key is sorting by cosine with ties least relevant first, and one `topk` does
+    both.
+    """
+    keys_qN = torch.round(cosines_qN.double() * COSINE_STEPS)
+    gains = judgements.gains
+    loss = np.where(gains < 0, np.inf, gains / (1.0 + max(0.0, gains.max(initial=0.0))))
+    rows, columns = torch.from_numpy(judgements.rows), torch.from_numpy(judgements.documents)
+    keys_qN[rows, columns] -= torch.from_numpy(loss)
+    return keys_qN
+
+
+def _keep_best(keys_qN: Tensor, block: range, found: Neighbours) -> None:
+    best = torch.topk(keys_qN, found.documents_QK.shape[1], dim=1)
+    candidates = torch.isfinite(best.values)
+    rows = slice(block.start, block.stop)
+    found.documents_QK[rows] = torch.where(candidates, best.indices, -1).numpy()
+    cosines = (
+        torch.ceil(best.values) / COSINE_STEPS
+    )  # a relevant document's key lies less than one step below
+    found.cosines_QK[rows] = torch.where(candidates, cosines, 0.0).numpy()
+
+
+def _place_right_document(
+    keys_qN: Tensor, block: range, judgements: Judgements, found: Neighbours
+) -> None:
+    relevant = judgements.gains > 0
+    rows, documents = judgements.rows[relevant], judgements.documents[relevant]
+    keys = keys_qN.numpy()[rows, documents]
+    # Highest key first within a row, so the first entry of each row is the one that stands highest.
+    order = np.lexsort((documents, -keys, rows))
+    rows, documents, keys = rows[order], documents[order], keys[order]
+    rows, first = np.unique(rows, return_index=True)
+    documents, keys = documents[first], keys[first]
+    index = torch.from_numpy(rows)
+    above = (keys_qN[index] > torch.from_numpy(keys)[:, None]).sum(1).numpy()
+    found.right_document_Q[rows + block.start] = documents
+    found.right_rank_Q[rows + block.start] = above + 1

@@ -1,0 +1,66 @@
+"""From a file or records to the evaluation task that fits them: the fields of the rows decide."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from vembed.data import load_dataset_records
+from vembed.data.records import Record
+from vembed.errors import DataError
+from vembed.evaluation.beir import is_beir_folder
+from vembed.evaluation.labelled import LabelledTask
+from vembed.evaluation.pairs import GradedPairsTask
+from vembed.evaluation.results import EvalTask
+from vembed.evaluation.retrieval import RetrievalTask
+
+
+def load_eval_task(
+    path: str | Path,
+    *,
+    column_mapping: Mapping[str, str] | None = None,
+    retrieval_mode: str = "t2t",
+    split: str = "test",
+) -> EvalTask:
+    """The task in a BEIR folder, or in any file of rows that training can read.
+
+    Args:
+        path: BEIR folder, row file, Arrow folder or hub id.
+        column_mapping: Our field name to the column name; not for BEIR folders.
+        retrieval_mode: Modality of query and document, as in `t2t`.
+        split: Which `qrels/SPLIT.tsv`, or which split of a hub data set.
+
+    Raises:
+        DataError: if the data cannot be read, or its rows fit no task.
+    """
+    if is_beir_folder(path):
+        return RetrievalTask.from_beir(path, split=split)
+    dataset = load_dataset_records(
+        str(path), retrieval_mode=retrieval_mode, column_mapping=column_mapping, split=split
+    )
+    return task_from_records([dataset[row] for row in range(len(dataset))], Path(path).stem)
+
+
+def task_from_records(records: Sequence[Record], name: str) -> EvalTask:
+    """The task that fits the fields which every record has.
+
+    Score and positive: graded pairs. Positive: retrieval. Label: labelled texts.
+
+    Raises:
+        DataError: if there are no records, or they fit none of these.
+    """
+    if not records:
+        raise DataError(f"{name}: expected rows to evaluate on. Received: none")
+    if all(record.positives for record in records):
+        if all(record.score is not None for record in records):
+            return GradedPairsTask.from_records(records, name=name)
+        return RetrievalTask.from_records(records, name=name)
+    if all(record.label is not None for record in records):
+        return LabelledTask.from_records(records, name=name)
+    odd = next(record for record in records if not record.positives)
+    raise DataError(
+        f"{odd.where}: evaluation needs query and positive in every row (with score: graded pairs), "
+        f"or text and label in every row. Received: a row with neither a positive nor a label"
+        if odd.label is None
+        else f"{odd.where}: evaluation needs rows of one form. Received: a row with a label and no positive among others"
+    )

@@ -1,0 +1,91 @@
+"""Encode any number of items: each distinct one once, in chunks of similar length, in input order.
+
+# Shapes: n items, D embedding size
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vembed.chunking import DEFAULT_CHUNK_TOKENS, plan_chunks, take_rows
+from vembed.models.protocol import Encoder, Role
+from vembed.modes import Item
+
+# Items tokenised and sorted together: enough that a chunk finds items of its own length, few enough that a corpus
+# of any size needs no more memory for token ids than this many.
+_WINDOW_ITEMS = 8192
+
+
+def encode_items(
+    encoder: Encoder,
+    items: Sequence[Item],
+    *,
+    role: Role | None,
+    prompt: str | None = None,
+    normalize: bool | None = None,
+    chunk_tokens: int | None = DEFAULT_CHUNK_TOKENS,
+    max_items: int | None = None,
+    device: torch.device | str | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> npt.NDArray[np.float32]:
+    """Embed `items` without gradients, in eval mode; the encoder's modes are restored afterwards.
+
+    Args:
+        encoder: Stays on its device.
+        items: n things to embed; equal ones are encoded once.
+        role: Decides the prompt; None stands for the checkpoint's default prompt.
+        prompt: Text put before every item instead of the role's; `""` for none.
+        normalize: Unit length or not; None takes the encoder's own.
+        chunk_tokens: Most padded tokens in a forward pass; None for no limit.
+        max_items: Most items in a forward pass; None for no limit.
+        device: Where inputs go; None takes the encoder's device.
+        autocast_dtype: Run the forward pass in this type; None runs it in the type of the weights.
+        progress: Called after each chunk with the number of further `items` that are done.
+
+    Returns:
+        `[n, D]`, in the order of `items`.
+    """
+    where = next(encoder.parameters()).device if device is None else torch.device(device)
+    copies = Counter(items)
+    distinct = list(copies)
+    vectors = np.empty((len(distinct), encoder.embedding_dim), dtype=np.float32)
+    autocast = torch.autocast(where.type, autocast_dtype, enabled=autocast_dtype is not None)
+    with _eval_mode(encoder), torch.no_grad(), autocast:
+        for start in range(0, len(distinct), _WINDOW_ITEMS):
+            window = distinct[start : start + _WINDOW_ITEMS]
+            prompts = None if prompt is None else [prompt] * len(window)
+            inputs = encoder.processor(window, role=role, prompts=prompts)
+            lengths = inputs["attention_mask"].sum(1).tolist()
+            chunks = plan_chunks(lengths, max_items=max_items, max_tokens=chunk_tokens)
+            outputs: list[Tensor] = []
+            for rows in chunks:
+                chunk = take_rows(inputs, rows, longest=lengths[rows[0]])
+                on_device = {name: tensor.to(where) for name, tensor in chunk.items()}
+                outputs.append(encoder(normalize=normalize, **on_device).float())
+                if progress is not None:
+                    progress(sum(copies[window[row]] for row in rows))
+            order = [start + row for rows in chunks for row in rows]
+            # One copy from the device per window: copying each chunk would make the device wait for the host.
+            vectors[order] = torch.cat(outputs).cpu().numpy()
+    position = {item: i for i, item in enumerate(distinct)}
+    return vectors[[position[item] for item in items]]
+
+
+@contextmanager
+def _eval_mode(encoder: Encoder) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in, frozen parts in eval mode included."""
+    modes = [(module, module.training) for module in encoder.modules()]
+    encoder.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -1,0 +1,150 @@
+"""`Predictor`: texts to vectors with a saved model, in three lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vembed.chunking import DEFAULT_CHUNK_TOKENS
+from vembed.errors import ConfigError, DataError
+from vembed.inference.encoding import encode_items
+from vembed.models import load_encoder
+from vembed.models.protocol import Role
+from vembed.modes import Item
+
+Vectors = npt.NDArray[np.float32]
+
+
+class Predictor:
+    """A loaded model, ready to embed.
+
+    Example:
+        >>> predictor = Predictor("runs/vembed/final")  # doctest: +SKIP
+        >>> queries = predictor.encode_query(["how do I read a file?"])  # doctest: +SKIP
+        >>> scores = predictor.similarity(queries, predictor.encode_document(texts))  # doctest: +SKIP
+    """
+
+    def __init__(
+        self, model_path: str, device: str | torch.device | None = None, **load_options: Any
+    ) -> None:
+        """Load a model.
+
+        Args:
+            model_path: Local folder, `package:NAME[/subdir]`, or hub id.
+            device: Such as `"cpu"`, `"cuda:1"` or `"mps"`; None takes an accelerator when there is one.
+            load_options: Those of `vembed.models.load_encoder`, such as `torch_dtype` or `max_seq_length`.
+
+        Raises:
+            ConfigError: if the name cannot be resolved, or an option or the device does not fit.
+            CheckpointError: if the folder is not a model.
+        """
+        self.device = _resolve_device(device)
+        self.encoder: Any = load_encoder(str(model_path), **load_options)
+        self.encoder.to(self.device)
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of every result."""
+        return int(self.encoder.embedding_dim)
+
+    def encode(
+        self,
+        inputs: str | Item | Sequence[str | Item],
+        *,
+        role: Role | None = None,
+        batch_size: int | None = None,
+        normalize: bool | None = None,
+        prompt: str | None = None,
+    ) -> Vectors:
+        """Embed texts.
+
+        Args:
+            inputs: One or n of them.
+            role: `"query"` or `"document"` puts that role's prompt before each; None the model's default prompt,
+                which most models do not have.
+            batch_size: Most texts in a forward pass; None lets their length decide.
+            normalize: Unit length or not; None takes the model's own.
+            prompt: Text put before each instead of the role's; `""` for none.
+
+        Returns:
+            `[n, D]` float32, two-dimensional for a single text too.
+
+        Raises:
+            DataError: if an input is neither a text nor an Item, or gives no token.
+            ConfigError: if `role` or `batch_size` is not one that exists.
+        """
+        if role not in (None, "query", "document"):
+            raise ConfigError(f"role: expected 'query', 'document' or None. Received: {role!r}")
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size: expected at least 1. Received: {batch_size}")
+        return encode_items(
+            self.encoder,
+            _as_items(inputs),
+            role=role,
+            prompt=prompt,
+            normalize=normalize,
+            max_items=batch_size,
+            chunk_tokens=DEFAULT_CHUNK_TOKENS if batch_size is None else None,
+        )
+
+    def encode_text(self, texts: str | Sequence[str], **options: Any) -> Vectors:
+        """Embed texts: `encode` under the name that says so; `options` are its keyword arguments."""
+        return self.encode(texts, **options)
+
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Vectors:
+        """Embed queries, with the model's query prompt; `options` are the keyword arguments of `encode`."""
+        return self.encode(texts, role="query", **options)
+
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Vectors:
+        """Embed documents, with the model's document prompt; `options` are the keyword arguments of `encode`."""
+        return self.encode(texts, role="document", **options)
+
+    def similarity(
+        self,
+        a: str | Sequence[str] | npt.NDArray[Any],
+        b: str | Sequence[str] | npt.NDArray[Any],
+    ) -> Vectors:
+        """Cosine similarities `[n, m]` of n and m texts or vectors.
+
+        Raises:
+            DataError: if the vectors of the two sides differ in size.
+        """
+        left, right = self._unit_vectors(a), self._unit_vectors(b)
+        if left.shape[1] != right.shape[1]:
+            raise DataError(
+                f"similarity: both sides need vectors of one size. Received: {left.shape} and {right.shape}"
+            )
+        return left @ right.T
+
+    def _unit_vectors(self, side: str | Sequence[str] | npt.NDArray[Any]) -> Vectors:
+        if not isinstance(side, np.ndarray):
+            return self.encode(side, normalize=True)
+        vectors = np.atleast_2d(side).astype(np.float32)
+        length = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.maximum(length, np.finfo(np.float32).tiny)
+
+
+def _as_items(inputs: str | Item | Sequence[str | Item]) -> list[Item]:
+    listed = [inputs] if isinstance(inputs, str | Item) else list(inputs)
+    for i, entry in enumerate(listed):
+        if not isinstance(entry, str | Item):
+            raise DataError(
+                f"a text is expected, or a list of texts. Received: {type(entry).__name__} at position {i}"
+            )
+    return [Item(text=entry) if isinstance(entry, str) else entry for entry in listed]
+
+
+def _resolve_device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else accelerator
+    try:
+        resolved = torch.device(device)
+        torch.empty(0, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device: {str(device)!r} cannot be used here ({error})") from error
+    return resolved

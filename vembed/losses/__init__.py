@@ -1,0 +1,168 @@
+"""Losses: functions of embeddings. This module imports none of them until one is chosen."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from vembed.errors import ConfigError
+from vembed.registry import accepted_arguments, construct, resolve
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LOSSES = {
+    "infonce": "vembed.losses.info_nce:InfoNCE",
+    "sigmoid": "vembed.losses.sigmoid:PairwiseSigmoid",
+    "cosent": "vembed.losses.cosent:CoSENT",
+    "supcon": "vembed.losses.supcon:SupervisedContrastive",
+}
+"""Losses by the name that `loss_type` takes."""
+
+DISTILLATION_LOSSES = {"similarity_kl": "vembed.losses.distillation:SimilarityKL"}
+"""Distillation losses by name."""
+
+
+class Criterion(Protocol):
+    """A loss: embeddings to a scalar.
+
+    It is called with the query embeddings `[B, D]` and, by name, those of these that its signature
+    has: `positive` `[M, D]` and `negative` `[K, D]` (None where the batch has none),
+    `counts_positive` and `counts_negative` `[B]`, `ids_query` `[B]`, `ids_positive` `[M]`,
+    `ids_negative` `[K]` (equal ids are equal contents), `labels` `[B]`, `scores` `[B]`,
+    `teacher_scores` `[B, ...]`. Rows of positives and negatives are in the order of their queries.
+
+    It returns a scalar whose mean over processes is the loss of the global batch. A loss that looks
+    at other rows gathers them with `vembed.distributed.gather_rows`.
+
+    Two things are read from it if it has them: `required_fields`, the row fields without which it
+    cannot work, and the method `clamp()`, called after each optimizer step.
+
+    The smallest valid one, usable as `loss_type: my_losses:cosine_distance`:
+
+        def cosine_distance(query, positive):
+            return (1 - torch.cosine_similarity(query, positive)).mean()
+
+    or as a class, an `nn.Module` where it has parameters, whose constructor takes what it wants of
+    `temperature`, `learn_temperature`, `bidirectional` and `loss_kwargs`:
+
+        class CosineDistance(torch.nn.Module):
+            required_fields = frozenset({"positive"})
+
+            def forward(self, query, positive):
+                return (1 - torch.cosine_similarity(query, positive)).mean()
+    """
+
+    def __call__(self, query: Tensor, **rows: Any) -> Tensor:
+        """The loss of this process's rows."""
+        ...
+
+
+class DistillationLoss(Protocol):
+    """A loss on student and teacher embeddings, each by role (`query`, `positive`, `negative`).
+
+    By name it also gets those of a `Criterion`'s extras that its signature has. It returns a scalar
+    as a `Criterion` does.
+    """
+
+    def __call__(
+        self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], **rows: Any
+    ) -> Tensor:
+        """The loss of this process's rows."""
+        ...
+
+
+def build_criterion(
+    loss_type: str | type | Criterion,
+    *,
+    temperature: float = 0.05,
+    learn_temperature: bool = False,
+    bidirectional: bool = False,
+    **loss_kwargs: Any,
+) -> Criterion:
+    """Make the loss that `loss_type` names.
+
+    Args:
+        loss_type: A name from `LOSSES`, `package.module:Name`, or a class, function or instance.
+        temperature: Passed on if the loss has such an argument.
+        learn_temperature: Likewise.
+        bidirectional: Likewise.
+        **loss_kwargs: Passed on as they are.
+
+    Raises:
+        ConfigError: if the loss is unknown, the arguments do not fit it, or `learn_temperature` or
+            `bidirectional` is asked of a loss without it.
+    """
+    settings = {
+        "temperature": temperature,
+        "learn_temperature": learn_temperature,
+        "bidirectional": bidirectional,
+    }
+    chosen = resolve("loss_type", loss_type, LOSSES)
+    makes_one = isinstance(chosen, type) or (
+        inspect.isroutine(chosen)
+        and next(iter(inspect.signature(chosen).parameters), "") != "query"
+    )
+    accepted = accepted_arguments(chosen, settings) if makes_one else {}
+    unfit = [name for name in ("learn_temperature", "bidirectional") if settings[name]]
+    unfit = [name for name in unfit if name not in accepted]
+    if unfit or (loss_kwargs and not makes_one):
+        raise ConfigError(
+            f"loss_type {loss_type!r} has no {' or '.join([*unfit, *loss_kwargs])}: leave it out, or "
+            "choose a loss that has it"
+        )
+    if not makes_one:
+        return cast(Criterion, chosen)
+    made = construct("loss_type", loss_type, LOSSES, accepted | loss_kwargs)
+    return cast(Criterion, made)
+
+
+def build_distillation_loss(
+    loss_type: str | type = "similarity_kl", *, temperature: float = 0.05, **loss_kwargs: Any
+) -> DistillationLoss:
+    """Make the distillation loss that `loss_type` names.
+
+    Args:
+        loss_type: A name from `DISTILLATION_LOSSES`, `package.module:Name`, or a class.
+        temperature: Passed on if the loss has such an argument.
+        **loss_kwargs: Passed on as they are.
+
+    Raises:
+        ConfigError: if the loss is unknown or the arguments do not fit it.
+    """
+    chosen = resolve("distillation_loss", loss_type, DISTILLATION_LOSSES)
+    accepted = accepted_arguments(chosen, {"temperature": temperature})
+    made = construct("distillation_loss", loss_type, DISTILLATION_LOSSES, accepted | loss_kwargs)
+    return cast(DistillationLoss, made)
+
+
+def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
+    """Check that every row has what the loss cannot work without.
+
+    Args:
+        criterion: A loss; one without `required_fields` fits any row.
+        fields: The fields that every row has.
+
+    Raises:
+        ConfigError: naming the missing fields and the built-in losses that fit the data.
+    """
+    missing = sorted(_required_fields(criterion) - set(fields))
+    if not missing:
+        return
+    required = {name: _required_fields(resolve("loss_type", name, LOSSES)) for name in LOSSES}
+    # Those that use most of the data first.
+    fitting = sorted(
+        (name for name in required if required[name] <= set(fields)),
+        key=lambda name: -len(required[name]),
+    )
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    raise ConfigError(
+        f"loss_type: {name} needs {' and '.join(missing)} in every row. Received rows with: "
+        f"{', '.join(sorted(fields))}. Losses that fit these rows: {', '.join(fitting) or 'none'}. "
+        "If a column has another name, name it in column_mapping"
+    )
+
+
+def _required_fields(criterion: Any) -> frozenset[str]:
+    return frozenset(getattr(criterion, "required_fields", ()))

@@ -1,0 +1,192 @@
+"""The queries and documents of all processes, and which belong together.
+
+# Shapes: B queries, M positives and K hard negatives on this process, D size;
+# Q queries, P positives and C documents (positives and hard negatives) of all processes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vembed.distributed import gather_numbers, gather_rows, process_count, process_index
+from vembed.errors import ConfigError, DataError
+from vembed.losses.relevance import Relevance
+from vembed.losses.similarity import unit_rows
+
+_NO_ID = -1
+"""Stands for a missing content id; content ids are never negative."""
+
+
+class _Sizes(NamedTuple):
+    """Rows of one process, and how many numbers it says about them."""
+
+    queries: int
+    positives: int
+    negatives: int
+    notes: int
+
+
+@dataclass(frozen=True)
+class _Ids:
+    """What the rows of all processes are, on the CPU. Equal ids are the same content."""
+
+    query_Q: Tensor
+    document_C: Tensor
+    positive_P: Tensor
+    query_of_positive_P: Tensor
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What a contrastive loss on this process needs to know of all processes.
+
+    Attributes:
+        query_BD: This process's queries, of length one.
+        positive_MD: This process's positives, of length one.
+        documents_CD: Positives, then hard negatives, of each process in turn, of length one.
+        owner_M: The query of each positive, as a row of `query_BD`.
+        query_weight: Weight of each query in this process's loss. The mean over processes of the
+            weighted sums is the mean over the queries of all processes.
+        positive_weight_M: The same for a mean over each query's positives, then over queries.
+    """
+
+    query_BD: Tensor
+    positive_MD: Tensor
+    documents_CD: Tensor
+    owner_M: Tensor
+    query_weight: float
+    positive_weight_M: Tensor
+    _sizes: list[_Sizes]
+    _ids: _Ids
+
+    def gather_queries(self) -> Tensor:
+        """`[Q, D]`, the queries of all processes. Collective: every process must call it."""
+        return gather_rows(self.query_BD, [size.queries for size in self._sizes])
+
+    def relevant_documents(self) -> Relevance:
+        """Over this process's queries x `documents_CD`."""
+        first = sum(size.queries for size in self._sizes[: process_index()])
+        own_B = self._ids.query_Q[first : first + len(self.query_BD)]
+        ids = self._ids
+        return Relevance(own_B, ids.document_C, ids.query_of_positive_P, ids.positive_P)
+
+    def relevant_queries(self) -> Relevance:
+        """Over this process's positives x the queries of all processes."""
+        first = sum(size.positives for size in self._sizes[: process_index()])
+        own_M = self._ids.positive_P[first : first + len(self.positive_MD)]
+        ids = self._ids
+        return Relevance(own_M, ids.query_Q, ids.positive_P, ids.query_of_positive_P)
+
+
+def gather_batch(
+    query: Tensor,
+    positive: Tensor | None,
+    negative: Tensor | None,
+    *,
+    counts_positive: Tensor | None,
+    ids_query: Tensor | None,
+    ids_positive: Tensor | None,
+    ids_negative: Tensor | None,
+) -> GlobalBatch:
+    """Gather documents and ids. Collective: every process must call it.
+
+    Args:
+        query: `[B, D]`, any length, any floating type.
+        positive: `[M, D]`, in the order of their queries.
+        negative: `[K, D]`, or None when this process has none; other processes still may.
+        counts_positive: `[B]` positives of each query; may be None when each has one.
+        ids_query: `[B]` content ids: equal ids are the same query. None: all differ.
+        ids_positive: `[M]` content ids of the positives. None: all differ.
+        ids_negative: `[K]` content ids of the negatives. None: all differ.
+
+    Raises:
+        ConfigError: if there are no positives.
+        DataError: if ids or counts of any process do not fit its rows; on every process.
+    """
+    if positive is None:
+        raise ConfigError("this loss needs positives. Received: a batch without them")
+    num_queries, num_positives = len(query), len(positive)
+    num_negatives = 0 if negative is None else len(negative)
+    if counts_positive is None:
+        counts_positive = query.new_full(
+            (num_queries,), int(num_queries == num_positives), dtype=torch.int64
+        )
+    notes = torch.cat(
+        [
+            _ids_or_none(ids_query, num_queries, query.device),
+            counts_positive,
+            _ids_or_none(ids_positive, num_positives, query.device),
+            _ids_or_none(ids_negative, num_negatives, query.device),
+        ]
+    )
+    own = _Sizes(num_queries, num_positives, num_negatives, len(notes))
+    sizes = [_Sizes(*numbers) for numbers in gather_numbers(own, query.device)]
+    # The one wait for the device in a loss: which pairs to mask decides the sizes of what follows.
+    ids = _join_ids(gather_rows(notes, [size.notes for size in sizes]).cpu(), sizes)
+
+    query_BD = unit_rows(query)
+    # Together, so that a process without negatives takes part in the same collectives.
+    documents = unit_rows(positive if negative is None else torch.cat([positive, negative]))
+    owner_M = torch.arange(num_queries, device=query.device).repeat_interleave(
+        counts_positive, output_size=num_positives
+    )
+    weight = process_count() / sum(size.queries for size in sizes)
+    return GlobalBatch(
+        query_BD=query_BD,
+        positive_MD=documents[:num_positives],
+        documents_CD=gather_rows(documents, [size.positives + size.negatives for size in sizes]),
+        owner_M=owner_M,
+        query_weight=weight,
+        positive_weight_M=weight / counts_positive[owner_M].to(query_BD.dtype),
+        _sizes=sizes,
+        _ids=ids,
+    )
+
+
+def _ids_or_none(ids: Tensor | None, count: int, device: torch.device) -> Tensor:
+    return torch.full((count,), _NO_ID, device=device) if ids is None else ids
+
+
+def _join_ids(notes: Tensor, sizes: list[_Sizes]) -> _Ids:
+    """Take apart what all processes said of their rows.
+
+    Args:
+        notes: Of each process in turn: ids of its queries, positives per query, ids of its
+            positives, ids of its negatives.
+        sizes: The rows of each process.
+    """
+    queries, counts, documents, is_positive = [], [], [], []
+    for process, block in enumerate(notes.split([size.notes for size in sizes])):
+        size = sizes[process]
+        num_documents = size.positives + size.negatives
+        fits = len(block) == 2 * size.queries + num_documents
+        if not fits or block[size.queries :][: size.queries].sum() != size.positives:
+            raise DataError(
+                "counts_positive must have one entry per query and add up to the positives, and "
+                "ids_query, ids_positive and ids_negative one entry per row. Received on process "
+                f"{process}: {size.queries} queries, {size.positives} positives, {size.negatives} "
+                f"negatives, and {size.notes} ids and counts"
+            )
+        for part, into in zip(
+            block.split([size.queries, size.queries, num_documents]),
+            (queries, counts, documents),
+            strict=True,
+        ):
+            into.append(part)
+        is_positive.append(torch.arange(num_documents) < size.positives)
+    query_Q, document_C = _number_missing(torch.cat(queries)), _number_missing(torch.cat(documents))
+    return _Ids(
+        query_Q=query_Q,
+        document_C=document_C,
+        positive_P=document_C[torch.cat(is_positive)],
+        query_of_positive_P=query_Q.repeat_interleave(torch.cat(counts)),
+    )
+
+
+def _number_missing(ids: Tensor) -> Tensor:
+    """A row without a content id is like no other: it gets a negative number of its own."""
+    return torch.where(ids == _NO_ID, -1 - torch.arange(len(ids)), ids)

@@ -1,0 +1,74 @@
+"""Which columns of a similarity matrix are no negatives for which rows.
+
+The relation can be as large as the matrix itself (a batch of one repeated item), so it is kept as
+lists and written out for a few rows at a time. It lives on the CPU: its sizes depend on the data,
+and asking a device for each of them would stop the step again and again.
+
+# Shapes: R rows, C columns, L related pairs
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class _Positions:
+    """For each key, the positions that hold it."""
+
+    def __init__(self, keys: Tensor, num_keys: int) -> None:
+        self._positions = keys.argsort(stable=True)
+        self._counts = torch.bincount(keys, minlength=num_keys)
+        self._starts = self._counts.cumsum(0) - self._counts
+
+    def lookup(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """The positions of each of `keys`, one list after the other, and the lists' lengths."""
+        counts = self._counts[keys]
+        skipped = self._starts[keys] - (counts.cumsum(0) - counts)
+        index = skipped.repeat_interleave(counts)
+        return self._positions[index + torch.arange(len(index))], counts
+
+
+class Relevance:
+    """The pairs (row, column) that must not count as negatives.
+
+    A column is relevant to a row when the row's id and the column's id are related anywhere in the
+    batch. So every copy of a relevant item is relevant, wherever it stands and whoever brought it.
+    """
+
+    def __init__(
+        self, row_ids: Tensor, column_ids: Tensor, related_rows: Tensor, related_columns: Tensor
+    ) -> None:
+        """Index the relation.
+
+        Args:
+            row_ids: `[R]` int64 on the CPU; equal ids are the same thing.
+            column_ids: `[C]` int64 on the CPU.
+            related_rows: `[L]` row ids of the related pairs; ids that no row has are ignored.
+            related_columns: `[L]` their column ids; each must be the id of some column.
+        """
+        rows, self._row_keys = torch.unique(row_ids, return_inverse=True)
+        columns, column_keys = torch.unique(column_ids, return_inverse=True)
+        known = torch.isin(related_rows, rows)
+        row_keys = torch.searchsorted(rows, related_rows[known])
+        pairs = torch.unique(
+            row_keys * len(columns) + torch.searchsorted(columns, related_columns[known])
+        )
+        self._pair_columns = pairs % max(1, len(columns))
+        self._pairs_of_row = _Positions(pairs // max(1, len(columns)), len(rows))
+        self._columns_of_key = _Positions(column_keys, len(columns))
+
+    @classmethod
+    def identity(cls, first: int, rows: int, columns: int) -> Relevance:
+        """Row `i` is related to column `first + i` only: a row of a batch and itself in all rows."""
+        own = torch.arange(first, first + rows)
+        return cls(own, torch.arange(columns), own, own)
+
+    def pairs(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Related pairs of some rows: row numbers counted from `rows.start`, and column numbers, ascending."""
+        keys = self._row_keys[rows]
+        found, num_found = self._pairs_of_row.lookup(keys)
+        columns, num_columns = self._columns_of_key.lookup(self._pair_columns[found])
+        row = torch.arange(len(keys)).repeat_interleave(num_found).repeat_interleave(num_columns)
+        columns, order = columns.sort(stable=True)
+        return row[order], columns

@@ -1,0 +1,112 @@
+"""Pairwise sigmoid contrastive loss over the candidates of all processes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vembed.losses.global_batch import gather_batch
+from vembed.losses.similarity import (
+    clamp_logit_scale,
+    full_precision,
+    new_logit_scale,
+    similarity_scale,
+)
+from vembed.losses.tiling import TileSize, check_tile_size, tiled_softplus_sum
+
+
+class PairwiseSigmoid(nn.Module):
+    r"""Every query-document pair is a yes-or-no question of its own (SigLIP, Zhai et al., 2023).
+
+    For a query q with the positives P(q), and N(q), all positives and hard negatives of all
+    processes that are not relevant to q (as in `InfoNCE`):
+
+        loss(q) = mean_{p in P(q)} log(1 + exp(-x(q, p))) + sum_{c in N(q)} log(1 + exp(x(q, c)))
+        x(q, c) = cos(q, c) / temperature + bias
+
+    and the result is the mean over the queries. As published, temperature and bias are learned,
+    from 0.1 and -10.
+
+    Attributes:
+        logit_scale: The parameter `log(1 / temperature)` when it is learned, else None.
+        logit_bias: The bias; a parameter when it is learned.
+    """
+
+    required_fields = frozenset({"positive"})
+    logit_bias: Tensor
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        learn_temperature: bool = True,
+        bias: float = -10.0,
+        tile_size: TileSize = "auto",
+    ) -> None:
+        """Assign and check.
+
+        Args:
+            temperature: Divides cosine similarities, above 0.
+            learn_temperature: Train temperature and bias, starting from those given; call `clamp`
+                after each step.
+            bias: Added to similarities; below zero since most pairs are no match.
+            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB.
+
+        Raises:
+            ConfigError: if temperature or tile size is out of range.
+        """
+        super().__init__()
+        check_tile_size(tile_size)
+        self.logit_scale = new_logit_scale(temperature, learn_temperature)
+        self.temperature = temperature
+        self.tile_size = tile_size
+        if learn_temperature:
+            self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
+        else:
+            self.register_buffer("logit_bias", torch.tensor(float(bias)), persistent=False)
+
+    def clamp(self) -> None:
+        """Bring a learned temperature back into [0.01, 1]; call it after each optimizer step."""
+        clamp_logit_scale(self.logit_scale)
+
+    def forward(
+        self,
+        query: Tensor,
+        positive: Tensor | None,
+        negative: Tensor | None = None,
+        *,
+        counts_positive: Tensor | None = None,
+        ids_query: Tensor | None = None,
+        ids_positive: Tensor | None = None,
+        ids_negative: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of this process's queries. Collective: every process must call it.
+
+        Arguments and errors are those of `gather_batch`.
+
+        Returns:
+            A scalar whose mean over processes is the loss of the global batch.
+        """
+        with full_precision(query.device):
+            batch = gather_batch(
+                query,
+                positive,
+                negative,
+                counts_positive=counts_positive,
+                ids_query=ids_query,
+                ids_positive=ids_positive,
+                ids_negative=ids_negative,
+            )
+            scale = similarity_scale(self.logit_scale, self.temperature, batch.query_BD)
+            bias = self.logit_bias.to(scale.dtype)
+            own_M = scale * (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1) + bias
+            others_B = tiled_softplus_sum(
+                batch.query_BD,
+                batch.documents_CD,
+                scale,
+                bias,
+                batch.relevant_documents(),
+                self.tile_size,
+            )
+            matches = -(functional.logsigmoid(own_M) * batch.positive_weight_M).sum()
+            return matches + batch.query_weight * others_B.sum()

@@ -1,0 +1,61 @@
+"""Cosine similarity and temperature, as every loss uses them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from vembed.errors import ConfigError
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Upper bound of a learned `logit_scale`: a temperature of 0.01, as in CLIP (Radford et al., 2021, section 2.5)."""
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context in which autocast does not lower the precision of a loss."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows scaled to length one, in float32, or float64 when they come in it; a zero row stays zero."""
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    return functional.normalize(wide, dim=-1)
+
+
+def check_temperature(temperature: float, *, learned: bool = False) -> None:
+    """Check that similarities can be divided by `temperature`.
+
+    Raises:
+        ConfigError: if it is not above zero or, when it is learned, outside the range it is clamped to.
+    """
+    if not temperature > 0:
+        raise ConfigError(f"temperature: must be above 0. Received: {temperature!r}")
+    if learned and not 0.01 <= temperature <= 1:
+        raise ConfigError(
+            "temperature: learn_temperature keeps it within [0.01, 1], so it must start there. "
+            f"Received: {temperature!r}"
+        )
+
+
+def new_logit_scale(temperature: float, learned: bool) -> nn.Parameter | None:
+    """The parameter `log(1 / temperature)`, or None when the temperature is fixed."""
+    check_temperature(temperature, learned=learned)
+    return nn.Parameter(torch.tensor(-math.log(temperature))) if learned else None
+
+
+def clamp_logit_scale(logit_scale: nn.Parameter | None) -> None:
+    """Bring a learned scale back into [0, ln 100], in place."""
+    if logit_scale is not None:
+        with torch.no_grad():
+            logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+
+def similarity_scale(logit_scale: nn.Parameter | None, temperature: float, like: Tensor) -> Tensor:
+    """What similarities are multiplied by: a scalar tensor of the type and device of `like`."""
+    if logit_scale is not None:
+        return logit_scale.exp().to(like.dtype)
+    # `full` fills on the device, where `tensor` would copy from the host and wait for it.
+    return torch.full((), 1 / temperature, dtype=like.dtype, device=like.device)

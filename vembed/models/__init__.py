@@ -1,0 +1,104 @@
+"""Encoders: the only part of vembed that knows the backbone.
+
+`load_encoder` answers for a wrong name, folder or model type before torch is imported.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from vembed import registry
+from vembed.errors import ConfigError
+from vembed.models.checkpoint_format import read_backbone_config
+from vembed.models.model_types import MODEL_TYPES, embeds_images
+from vembed.models.paths import resolve_model_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vembed.models.protocol import Encoder
+
+__all__ = ["ENCODERS", "load_encoder", "resolve_model_path"]
+
+ENCODERS = {"text": "vembed.models.text:load_text_encoder"}
+"""Encoder kinds by name, each with the loader `(path, **options) -> Encoder` that builds one from a local folder."""
+
+
+def load_encoder(
+    model_name: str,
+    *,
+    encoder_mode: str | Callable[..., Encoder] = "auto",
+    pooling_method: str | None = None,
+    normalize: bool | None = None,
+    max_seq_length: int | None = None,
+    query_prompt: str | None = None,
+    document_prompt: str | None = None,
+    torch_dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> Encoder:
+    """Load a pretrained encoder with its processor, in eval mode, on the CPU.
+
+    Args:
+        model_name: Local folder, `package:NAME[/subdir]`, or hub id.
+        encoder_mode: `"auto"` lets the checkpoint's model_type decide; or a name of `ENCODERS`,
+            `"package.module:Name"`, or a loader `(path, **options) -> Encoder`.
+        pooling_method: Tokens to one vector. None here and below: the checkpoint's own, or the default of its kind.
+        normalize: Whether vectors have unit length.
+        max_seq_length: Tokens kept of a text, special tokens included.
+        query_prompt: Text put before every query; `""` for none.
+        document_prompt: Text put before every document; `""` for none.
+        torch_dtype: Type of the weights: float32, bfloat16, float16, or auto for the checkpoint's.
+        attn_implementation: Attention kernel by transformers' name; None lets transformers choose.
+        trust_remote_code: Run Python code that lies beside the model's weights.
+        revision: Commit, tag or branch of a hub model.
+
+    Raises:
+        ConfigError: if the name cannot be resolved, the model type has no encoder, or an option does not fit.
+        CheckpointError: if the folder is not a model, or is incomplete.
+    """
+    path = resolve_model_path(model_name, revision)
+    kind = _kind_of(path) if encoder_mode == "auto" else encoder_mode
+    load = registry.resolve("encoder_mode", kind, ENCODERS)
+    options = {
+        "pooling_method": pooling_method,
+        "normalize": normalize,
+        "max_seq_length": max_seq_length,
+        "query_prompt": query_prompt,
+        "document_prompt": document_prompt,
+        "torch_dtype": torch_dtype,
+        "attn_implementation": attn_implementation,
+        "trust_remote_code": trust_remote_code,
+    }
+    encoder: Encoder = load(path, **_fitting(load, options, f"encoder_mode {encoder_mode!r}"))
+    return encoder
+
+
+def _kind_of(path: str) -> str:
+    config = read_backbone_config(path)
+    model_type = config["model_type"]
+    if model_type in MODEL_TYPES:
+        return MODEL_TYPES[model_type]
+    if embeds_images(config):
+        raise ConfigError(
+            f"model_name: {path!r} has model_type {model_type!r}, which embeds images; "
+            f"this version of vembed embeds text only. Text model types: {', '.join(MODEL_TYPES)}"
+        )
+    raise ConfigError(
+        f"model_name: {path!r} has model_type {model_type!r}, which no encoder of vembed claims"
+        f"{registry.did_you_mean(model_type, MODEL_TYPES)}. Known: {', '.join(MODEL_TYPES)}. If it is a text "
+        f"model that returns last_hidden_state, set encoder_mode=text; for anything else write an encoder and "
+        f"set encoder_mode=package.module:Name"
+    )
+
+
+def _fitting(load: Callable[..., Encoder], options: dict[str, Any], what: str) -> dict[str, Any]:
+    """Options for `load`; one that it does not take may be left out only where the user left it at its default."""
+    defaults = inspect.signature(load_encoder).parameters
+    taken = registry.accepted_arguments(load, options)
+    ignored = [name for name in options if name not in taken]
+    if lost := [name for name in ignored if options[name] != defaults[name].default]:
+        raise ConfigError(f"{what}: it does not take {', '.join(lost)}; leave them unset")
+    return taken

@@ -1,0 +1,155 @@
+"""Texts to padded token ids: prompts, truncation that never loses the end token, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import normalizers, processors
+from torch import Tensor
+
+from vembed.errors import ConfigError, DataError
+from vembed.models.protocol import Role
+from vembed.modes import Item
+
+
+class TextProcessor:
+    """Tokenises items for one model.
+
+    Attributes:
+        tokenizer: The model's own; its `model_max_length` is `max_seq_length`, so that it truncates alike elsewhere.
+        query_prompt: Text put before every query; `""` for none.
+        document_prompt: Text put before every document; `""` for none.
+        default_prompt: Text put before an item whose role is not given.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_seq_length: int,
+        query_prompt: str = "",
+        document_prompt: str = "",
+        default_prompt: str = "",
+        input_names: Sequence[str] = ("input_ids", "attention_mask"),
+    ) -> None:
+        special = tokenizer.num_special_tokens_to_add()
+        if max_seq_length <= special:
+            raise ConfigError(
+                f"max_seq_length: must exceed the {special} special tokens of this model. Received: {max_seq_length}"
+            )
+        self.tokenizer = tokenizer
+        self.tokenizer.model_max_length = max_seq_length
+        self.query_prompt = query_prompt
+        self.document_prompt = document_prompt
+        self.default_prompt = default_prompt
+        self._input_names = tuple(input_names)
+
+    @property
+    def max_seq_length(self) -> int:
+        """Tokens kept of a text, special tokens included."""
+        return int(self.tokenizer.model_max_length)
+
+    def prompt_for(self, role: Role | None) -> str:
+        """The text put before an item of this role."""
+        return {"query": self.query_prompt, "document": self.document_prompt}.get(
+            role or "", self.default_prompt
+        )
+
+    def __call__(
+        self,
+        items: Sequence[Item],
+        *,
+        role: Role | None,
+        prompts: Sequence[str | None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Token ids `[B, T]` and what goes with them, padded to the longest of `items`.
+
+        Args:
+            items: B texts.
+            role: Decides the prompt; None stands for the checkpoint's default prompt.
+            prompts: One per item, instead of the role's; None as an entry keeps the role's, `""` means no prompt.
+
+        Raises:
+            DataError: if an item has no text, has an image, or gives no token at all.
+        """
+        own = self.prompt_for(role)
+        chosen = (
+            [own] * len(items) if prompts is None else [own if p is None else p for p in prompts]
+        )
+        texts = [prompt + _text_of(item) for prompt, item in zip(chosen, items, strict=True)]
+        inputs = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=self.max_seq_length,
+            return_token_type_ids="token_type_ids" in self._input_names,
+            return_tensors="pt",
+        )
+        tensors = {name: inputs[name] for name in self._input_names}
+        empty = (tensors["attention_mask"].sum(1) == 0).nonzero()
+        if len(empty):
+            raise DataError(
+                f"a text gives no token, so it has no embedding. Received: {texts[int(empty[0])]!r}"
+            )
+        return tensors
+
+    def save_pretrained(self, path: str) -> None:
+        """Write the tokenizer, the same bytes whatever it was called with before."""
+        if self.tokenizer.is_fast:
+            # A call leaves its padding and truncation in the Rust object, and they would be written to tokenizer.json.
+            self.tokenizer.backend_tokenizer.no_padding()
+            self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.save_pretrained(path)
+
+
+def _text_of(item: Item) -> str:
+    if item.image is not None:
+        raise DataError(f"this model embeds text only. Received an image: {item.image!r}")
+    if not isinstance(item.text, str):
+        raise DataError(f"a text is expected. Received: {item.text!r}")
+    return item.text
+
+
+def ends_with_special_token(tokenizer: Any) -> bool:
+    """Whether the tokenizer itself closes every text with a token such as EOS or SEP."""
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    return bool(full[-len(plain) :] != plain)
+
+
+def append_end_token(tokenizer: Any) -> None:
+    """Make the tokenizer close every text with its EOS token, in its own post-processor.
+
+    There, truncation leaves room for it, and the saved tokenizer does the same in every other library.
+
+    Raises:
+        ConfigError: if it has no EOS token, or is not a fast tokenizer.
+    """
+    if not tokenizer.is_fast or tokenizer.eos_token is None:
+        raise ConfigError(
+            "pooling_method: last_token reads the end token, but this tokenizer has no EOS token or is not a fast one; "
+            "choose another pooling_method"
+        )
+    backend = tokenizer.backend_tokenizer
+    eos = tokenizer.eos_token
+    template = processors.TemplateProcessing(
+        single=f"$A {eos}",
+        pair=f"$A {eos} $B:1 {eos}:1",
+        special_tokens=[(eos, tokenizer.eos_token_id)],
+    )
+    before = [backend.post_processor] if backend.post_processor is not None else []
+    backend.post_processor = processors.Sequence([*before, template])
+
+
+def lower_case(tokenizer: Any) -> None:
+    """Make the tokenizer lower-case texts first.
+
+    Raises:
+        ConfigError: if it is not a fast tokenizer.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigError("do_lower_case of this checkpoint needs a fast tokenizer")
+    backend = tokenizer.backend_tokenizer
+    after = [backend.normalizer] if backend.normalizer is not None else []
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *after])

@@ -1,0 +1,162 @@
+"""Take a batch apart by role, and put model inputs together.
+
+A batch is one flat dict. Keys that start with `query_`, `positive_` (or `pos_`) or `negative_` (or
+`neg_`) are model inputs of that role; everything else says something about the rows (`labels`,
+`ids_query`, `counts_negative`, `lengths_query` ...).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from vembed.modes import IMAGE, TEXT, RetrievalMode
+
+ROLES = ("query", "positive", "negative")
+TEACHER_PREFIX = "teacher_"
+
+_PREFIXES = {
+    "query": ("query_",),
+    "positive": ("positive_", "pos_"),
+    "negative": ("negative_", "neg_"),
+}
+_TEXT_INPUTS = frozenset({"input_ids", "attention_mask", "token_type_ids", "position_ids"})
+
+Inputs = dict[str, Tensor]
+
+
+def unpack_query_batch(batch: Mapping[str, Any], retrieval_mode: str | RetrievalMode) -> Inputs:
+    """The model inputs of the queries, without their prefix.
+
+    Raises:
+        KeyError: if the batch has no query input of the mode's modality.
+    """
+    return _unpack(batch, "query", RetrievalMode.parse(retrieval_mode).query)
+
+
+def unpack_positive_batch(batch: Mapping[str, Any], retrieval_mode: str | RetrievalMode) -> Inputs:
+    """The model inputs of the positives, without their prefix.
+
+    Raises:
+        KeyError: if the batch has no positive input of the mode's modality.
+    """
+    return _unpack(batch, "positive", RetrievalMode.parse(retrieval_mode).document)
+
+
+def unpack_roles(
+    batch: Mapping[str, Any], retrieval_mode: str | RetrievalMode
+) -> dict[str, Inputs]:
+    """The model inputs of every role in the batch; labelled single items have queries only."""
+    mode = RetrievalMode.parse(retrieval_mode)
+    modality = {"query": mode.query, "positive": mode.document, "negative": mode.document}
+    present = [role for role in ROLES if any(key.startswith(_PREFIXES[role]) for key in batch)]
+    return {role: _unpack(batch, role, modality[role]) for role in present}
+
+
+def unpack_extras(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What a batch says about its rows: everything that is not a model input."""
+    inputs = (*sum(_PREFIXES.values(), ()), TEACHER_PREFIX)
+    return {key: value for key, value in batch.items() if not key.startswith(inputs)}
+
+
+def row_lengths(
+    batch: Mapping[str, Any], inputs: Mapping[str, Inputs], prefix: str = ""
+) -> dict[str, list[int]]:
+    """Tokens of every row, by role: from the collator, or counted on the attention mask.
+
+    Rows without tokens (images of one size) count 1 each.
+    """
+    return {
+        role: batch.get(f"{prefix}lengths_{role}") or _count_tokens(of_role)
+        for role, of_role in inputs.items()
+    }
+
+
+def concat_batches(
+    batches: Sequence[Mapping[str, Tensor]], pad_token_id: int = 0
+) -> tuple[Inputs, list[int]]:
+    """Stack the inputs of several roles into one, for an encoder that takes them in one forward.
+
+    Token tensors `[B, T]` of different widths are padded on the right (`input_ids` with
+    `pad_token_id`, everything else with 0); other tensors are concatenated along their first
+    dimension.
+
+    Args:
+        batches: Model inputs, all with the same keys.
+        pad_token_id: Token that pads `input_ids`.
+
+    Returns:
+        The stacked inputs, and the number of rows of each batch, to split the embeddings with.
+
+    Raises:
+        ValueError: if there are no batches, or their keys differ.
+    """
+    if not batches:
+        raise ValueError("concat_batches: expected at least one batch. Received: none")
+    keys = set(batches[0])
+    for batch in batches[1:]:
+        if set(batch) != keys:
+            raise ValueError(
+                "concat_batches: expected the same keys in every batch. "
+                f"Received: {sorted(keys)} and {sorted(batch)}"
+            )
+    stacked = {
+        key: _stack([b[key] for b in batches], pad_token_id if key == "input_ids" else 0)
+        for key in batches[0]
+    }
+    return stacked, [len(next(iter(batch.values()))) for batch in batches]
+
+
+def maybe_first(model_output: Any) -> Tensor:
+    """The embeddings `[B, D]` in what a model returned: a tensor, or the first of a tuple.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(model_output, tuple) and model_output:
+        model_output = model_output[0]
+    if isinstance(model_output, Tensor):
+        return model_output
+    raise TypeError(
+        "expected the model to return embeddings [B, D], or a tuple that starts with them. "
+        f"Received: {type(model_output).__name__}"
+    )
+
+
+def _unpack(batch: Mapping[str, Any], role: str, modality: str) -> Inputs:
+    inputs = {
+        key.removeprefix(prefix): value
+        for prefix in _PREFIXES[role]
+        for key, value in batch.items()
+        if key.startswith(prefix) and value is not None
+    }
+    if modality == TEXT:
+        inputs = {key: value for key, value in inputs.items() if key in _TEXT_INPUTS}
+    elif modality == IMAGE and "pixel_values" not in inputs:
+        inputs = {}
+    if not inputs:
+        wanted = "pixel_values" if modality == IMAGE else "input_ids"
+        raise KeyError(
+            f"the batch has no {_PREFIXES[role][0]}{wanted}, which modality {modality!r} needs; "
+            f"it has: {', '.join(sorted(batch))}"
+        )
+    return inputs
+
+
+def _count_tokens(inputs: Inputs) -> list[int]:
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return [1] * len(next(iter(inputs.values())))
+    counts: list[int] = mask.sum(1).tolist()
+    return counts
+
+
+def _stack(tensors: list[Tensor], fill: int) -> Tensor:
+    if all(t.dim() == 2 for t in tensors):
+        width = max(t.shape[1] for t in tensors)
+        tensors = [pad(t, (0, width - t.shape[1]), value=fill) for t in tensors]
+    return torch.cat(tensors)

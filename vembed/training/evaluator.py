@@ -1,0 +1,163 @@
+"""Validation during training: the loss over a validation set, and retrieval metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from vembed.chunking import DEFAULT_CHUNK_TOKENS
+from vembed.distributed import all_reduce_sum, gather_counts, gather_rows
+from vembed.evaluation import EvalTask
+from vembed.inference import encode_items
+from vembed.modes import Item
+from vembed.training.data_utils import maybe_first, row_lengths, unpack_extras, unpack_roles
+from vembed.training.gradient_cache import GradientCache
+from vembed.training.objective import Objective
+from vembed.training.trackers import log_to_trackers
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one validation found.
+
+    Attributes:
+        loss: Mean loss over the queries of the validation set, the same on every process; None
+            without a validation dataloader.
+        metrics: Metrics of the evaluation task, such as `ndcg@10`; empty without a task.
+    """
+
+    loss: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def as_log(self) -> dict[str, float]:
+        """The numbers under the names they have in `metrics.jsonl` and in the trackers."""
+        loss = {} if self.loss is None else {"val_loss": self.loss}
+        return {**loss, **{f"val_{name}": value for name, value in self.metrics.items()}}
+
+
+class Evaluator:
+    """Measures the model on validation data, in evaluation mode and without gradients."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Tensor],
+        accelerator: Accelerator,
+        retrieval_mode: str = "t2i",
+        log_with: str | Sequence[str] | None = None,
+        *,
+        task: EvalTask | None = None,
+        chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+    ) -> None:
+        """Assign.
+
+        Args:
+            model: The encoder, prepared by the Accelerator or not.
+            criterion: The training loss, without distillation.
+            accelerator: Device, processes and trackers.
+            retrieval_mode: Modality of queries and documents, as in `t2t`.
+            log_with: Whether (a tracker's name, or several) or not (None) to log to the trackers
+                that the Accelerator has started.
+            task: What to measure beside the loss.
+            chunk_tokens: Padded tokens per forward.
+        """
+        self.model = model
+        self.accelerator = accelerator
+        self.retrieval_mode = retrieval_mode
+        self.log_with = log_with
+        self.task = task
+        self.chunk_tokens = chunk_tokens
+        self._objective = Objective(criterion)
+
+    def evaluate(self, val_dataloader: Iterable[Mapping[str, Any]], global_step: int = 0) -> float:
+        """Mean loss over all queries of all processes, each counted once.
+
+        Also measures the task and logs both, as `validate` does. Collective: every process must
+        call it.
+        """
+        loss = self.validate(val_dataloader, global_step).loss
+        if loss is None:
+            raise ValueError("evaluate: expected a dataloader. Received: None; use validate()")
+        return loss
+
+    def validate(
+        self, val_dataloader: Iterable[Mapping[str, Any]] | None, global_step: int = 0
+    ) -> Validation:
+        """The loss over `val_dataloader` and the metrics of the task, logged at `global_step`.
+
+        Collective: every process must call it.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            loss = None if val_dataloader is None else self._mean_loss(val_dataloader)
+            metrics = {} if self.task is None else self._measure(self.task)
+        finally:
+            self.model.train(was_training)
+        result = Validation(loss, metrics)
+        if self.log_with:
+            log_to_trackers(self.accelerator, result.as_log(), global_step)
+        return result
+
+    def _mean_loss(self, val_dataloader: Iterable[Mapping[str, Any]]) -> float:
+        encoder = self.accelerator.unwrap_model(self.model)
+        cache = GradientCache(chunk_tokens=self.chunk_tokens)
+        device = self.accelerator.device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in val_dataloader:
+            placed = send_to_device(batch, device)
+            inputs = unpack_roles(placed, self.retrieval_mode)
+            embeddings = cache.embed(
+                encode=lambda inputs: maybe_first(encoder(**inputs)),
+                inputs=inputs,
+                lengths=row_lengths(placed, inputs),
+            )
+            with torch.no_grad():
+                loss = self._objective(embeddings, unpack_extras(placed)).total
+            # The mean of `loss` over processes is the mean over the queries of all of them.
+            own = len(embeddings["query"])
+            rows = sum(gather_counts(own, device)) / self.accelerator.num_processes
+            total += torch.stack([loss.double() * rows, loss.new_tensor(own, dtype=torch.float64)])
+        loss_sum, queries = all_reduce_sum(total).tolist()
+        if queries == 0:
+            raise ValueError("evaluate: expected at least one batch. Received: an empty dataloader")
+        return float(loss_sum / queries)
+
+    def _measure(self, task: EvalTask) -> dict[str, float]:
+        encode = sharded_encode(self.model, self.accelerator, self.chunk_tokens)
+        return dict(task.evaluate(encode).metrics)
+
+
+def sharded_encode(
+    model: nn.Module, accelerator: Accelerator, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
+) -> Callable[[Sequence[Item], Literal["query", "document"]], np.ndarray]:
+    """A function that encodes items, each process its share; every process gets all the vectors.
+
+    The function is collective: every process must call it with the same items.
+    """
+    encoder = accelerator.unwrap_model(model)
+
+    def encode(items: Sequence[Item], role: Literal["query", "document"]) -> np.ndarray:
+        workers, this = accelerator.num_processes, accelerator.process_index
+        own = encode_items(
+            encoder, items[this::workers], role=role, chunk_tokens=chunk_tokens,
+            device=accelerator.device,
+        )  # fmt: skip
+        if workers == 1:
+            return own
+        counts = [len(range(process, len(items), workers)) for process in range(workers)]
+        gathered = gather_rows(torch.from_numpy(own).to(accelerator.device), counts).cpu().numpy()
+        vectors = np.empty_like(gathered)
+        starts = np.cumsum([0, *counts])
+        for process in range(workers):
+            vectors[process::workers] = gathered[starts[process] : starts[process + 1]]
+        return vectors
+
+    return encode

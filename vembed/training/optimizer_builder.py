@@ -1,0 +1,184 @@
+"""Optimizer, learning-rate schedule and trackers, from the configuration."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+from vembed.config import TrainConfig
+from vembed.errors import ConfigError
+from vembed.registry import check_arguments, did_you_mean, resolve
+from vembed.training.trackers import tracker_arguments
+
+OPTIMIZERS = {
+    "adamw": "torch.optim:AdamW",
+    "adam": "torch.optim:Adam",
+    "sgd": "torch.optim:SGD",
+    "rmsprop": "torch.optim:RMSprop",
+    "adafactor": "torch.optim:Adafactor",
+}
+
+
+class ScheduleAndWarmup(NamedTuple):
+    """A learning-rate schedule and its warm-up, in optimizer steps."""
+
+    scheduler: LRScheduler
+    warmup_steps: int
+
+
+class TrackerChoice(NamedTuple):
+    """What `Accelerator(log_with=...)` and `init_trackers(init_kwargs=...)` take."""
+
+    log_with: list[str]
+    init_kwargs: dict[str, dict[str, Any]]
+
+
+def build_optimizer(
+    model: nn.Module,
+    config: TrainConfig | Mapping[str, Any],
+    criterion: nn.Module | None = None,
+) -> Optimizer:
+    """An optimizer over every trainable parameter of the model and of the loss.
+
+    Weight decay spares vectors and scalars: biases, norms, the temperature.
+
+    Args:
+        model: The encoder.
+        config: Reads `optimizer`, `optimizer_betas`, `optimizer_eps`, `optimizer_kwargs`, `lr`,
+            `weight_decay`.
+        criterion: The loss, when it may have parameters of its own, such as a temperature.
+
+    Raises:
+        ConfigError: if the optimizer is unknown, its arguments do not fit, or nothing is trainable.
+    """
+    config = TrainConfig.coerce(config)
+    modules = [model] if criterion is None else [model, criterion]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ConfigError(
+            "build_optimizer: the model has no trainable parameter; is it all frozen?"
+        )
+    factory = resolve("optimizer", config.optimizer, OPTIMIZERS)
+    arguments = _optimizer_arguments(factory, config)
+    groups = _decay_groups(parameters, config.weight_decay)
+    check_arguments(f"optimizer {config.optimizer!r}", factory, {"params": groups, **arguments})
+    optimizer: Optimizer = factory(groups, **arguments)
+    return optimizer
+
+
+def _optimizer_arguments(factory: Any, config: TrainConfig) -> dict[str, Any]:
+    """The settings that this optimizer has; what the user wrote in `optimizer_kwargs` wins."""
+    known = inspect.signature(factory).parameters
+    settings: dict[str, Any] = {
+        "lr": config.lr,
+        "betas": tuple(config.optimizer_betas),
+        "eps": config.optimizer_eps,
+    }
+    # Adafactor's eps is a pair with another meaning.
+    if config.optimizer == "adafactor":
+        del settings["eps"]
+    # One kernel for all parameters instead of a Python loop over them; CPU and CUDA have it.
+    if config.optimizer in ("adamw", "adam"):
+        settings["fused"] = True
+    arguments = {name: value for name, value in settings.items() if name in known}
+    return {**arguments, **config.optimizer_kwargs}
+
+
+def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
+    for parameter in parameters:
+        (decayed if parameter.ndim > 1 else spared).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_scheduler(
+    optimizer: Optimizer,
+    config: TrainConfig | Mapping[str, Any],
+    num_epochs: int,
+    steps_per_epoch: int,
+) -> ScheduleAndWarmup:
+    """A schedule that advances once per optimizer step, whatever the number of processes.
+
+    Args:
+        optimizer: Not yet prepared by Accelerate; the schedule must not be prepared either, or it
+            would advance once per process.
+        config: Reads `scheduler_type`, `scheduler_kwargs`, `warmup_steps`, `warmup_ratio`,
+            `max_steps`.
+        num_epochs: Passes over the data.
+        steps_per_epoch: Optimizer steps in one pass.
+
+    Raises:
+        ConfigError: if the schedule is unknown or its arguments do not fit.
+    """
+    config = TrainConfig.coerce(config)
+    names = [kind.value for kind in SchedulerType]
+    if config.scheduler_type not in names:
+        raise ConfigError(
+            f"scheduler_type: unknown name {config.scheduler_type!r}"
+            f"{did_you_mean(config.scheduler_type, names)}. One of: {', '.join(names)}"
+        )
+    total = config.max_steps or num_epochs * steps_per_epoch
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_ratio * total)
+    try:
+        scheduler = get_scheduler(
+            config.scheduler_type,
+            optimizer,
+            num_warmup_steps=warmup,
+            num_training_steps=total,
+            scheduler_specific_kwargs=config.scheduler_kwargs or None,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"scheduler_type {config.scheduler_type!r} with scheduler_kwargs "
+            f"{config.scheduler_kwargs}: {error}"
+        ) from error
+    return ScheduleAndWarmup(scheduler, warmup)
+
+
+def resolve_tracker(
+    report_to: str | Sequence[str] | None,
+    *,
+    run_name: str | None = None,
+    tags: Sequence[str] = (),
+    output_dir: str = ".",
+) -> TrackerChoice:
+    """The trackers to log to, and what each needs to start.
+
+    `wandb` and `swanlab` run offline where nobody is logged in.
+
+    Args:
+        report_to: `wandb`, `tensorboard`, `swanlab`, several of them (a list, or with commas),
+            `all`, or `none`.
+        run_name: Name of the run.
+        tags: Tags of the run.
+        output_dir: Folder for what the trackers write.
+
+    Raises:
+        ConfigError: if a tracker is unknown or its package is not installed.
+    """
+    names = TrainConfig.coerce({"report_to": report_to}).report_to
+    arguments = {
+        name: tracker_arguments(name, run_name=run_name, tags=tags, output_dir=output_dir)
+        for name in names
+    }
+    return TrackerChoice(list(names), {name: kw for name, kw in arguments.items() if kw})
+
+
+def trainable_parameters(*modules: Any) -> list[nn.Parameter]:
+    """Trainable parameters of those of `modules` that are `nn.Module`s, in a fixed order."""
+    found = [m for m in modules if isinstance(m, nn.Module)]
+    return [p for module in found for p in module.parameters() if p.requires_grad]

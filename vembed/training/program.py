@@ -1,0 +1,32 @@
+"""The training program, as every launcher starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vembed.config import RUN_REQUIRES
+from vembed.errors import exit_status
+from vembed.training.config import load_and_parse_config
+from vembed.training.launch_check import check_process_count, started_processes
+from vembed.training.local_launch import follow_launcher
+
+
+def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Read the settings, train, and return the exit status: 0, 2 (settings or data), 1 (else).
+
+    Args:
+        argv: Arguments without the program's name; None takes those of this process.
+        prog: Name of the program in `--help`.
+    """
+
+    def train() -> int:
+        follow_launcher()
+        config = load_and_parse_config(argv, required=RUN_REQUIRES, prog=prog)
+        check_process_count(config, started_processes())
+        # After the checks, because it imports torch.
+        from vembed.training.run import run_training
+
+        run_training(config)
+        return 0
+
+    return exit_status(train)

@@ -1,0 +1,183 @@
+"""What a run tells: `metrics.jsonl`, trackers, and a progress bar or, without a terminal, lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from vembed.config import TrainConfig
+from vembed.distributed import all_reduce_mean
+from vembed.errors import VembedError
+from vembed.training.evaluator import Validation
+from vembed.training.trackers import log_to_trackers
+
+if TYPE_CHECKING:
+    from vembed.training.trainer import StepOutput
+
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class Recorder:
+    """Collects the numbers of the steps and writes them down at logging steps.
+
+    Between logging steps nothing is read back from the device. The lines of `metrics.jsonl` hold no
+    times, so that two runs of the same work write the same file; speed goes to the progress bar and
+    the trackers.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        total_steps: int,
+        history: list[dict[str, Any]],
+    ) -> None:
+        """Assign.
+
+        Args:
+            accelerator: Processes and trackers.
+            config: Reads `output_dir` and `progress`.
+            total_steps: Optimizer steps of the run.
+            history: Receives every line, on the main process.
+        """
+        self.accelerator = accelerator
+        self.history = history
+        self._path = Path(config.output_dir) / METRICS_NAME
+        self._console = Console(stderr=True)
+        shown = config.progress and accelerator.is_main_process and self._console.is_terminal
+        self._bar = _progress_bar(self._console, shown)
+        self._task = self._bar.add_task("training", total=total_steps, numbers="")
+        self._total_steps = total_steps
+        self._prints_lines = config.progress and not shown
+        self._window: list[tuple[list[StepOutput], Tensor]] = []
+        self._rows = 0
+        self._since = time.perf_counter()
+
+    def __enter__(self) -> Self:
+        if self.accelerator.is_main_process:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("", encoding="utf-8")
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, what: str) -> None:
+        """Name what the run is doing, beside the bar."""
+        self._bar.update(self._task, description=what)
+
+    def add(self, outputs: Sequence[StepOutput], grad_norm: Tensor, *, rows: int) -> None:
+        """Take in one optimizer step.
+
+        Args:
+            outputs: One per micro-batch.
+            grad_norm: Norm of the whole gradient before clipping.
+            rows: Queries of this process in the step.
+        """
+        self._window.append((list(outputs), grad_norm))
+        self._rows += rows
+        self._bar.update(self._task, advance=1, description="training")
+
+    def log_step(self, step: int, epoch: float, facts: Mapping[str, float]) -> None:
+        """Write the means since the last call (loss, its parts, gradient norm) and `facts`.
+
+        Collective: every process must call it.
+
+        Raises:
+            VembedError: if the loss or the gradient is not finite; on every process alike.
+        """
+        line = {"step": step, "epoch": round(epoch, 4), **self._means(), **facts}
+        speed = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
+        self._window, self._rows = [], 0
+        _require_finite(line)
+        numbers = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {speed:.1f} examples/s"
+        self._bar.update(self._task, numbers=numbers)
+        self._write(line, f"step {step}/{self._total_steps}  {numbers}")
+        log_to_trackers(
+            self.accelerator, {**_named(line), "train/examples_per_second": speed}, step
+        )
+        self._since = time.perf_counter()
+
+    def log_validation(self, step: int, epoch: float, result: Validation) -> None:
+        """Write the result of a validation."""
+        values = result.as_log()
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+        self._write(
+            {"step": step, "epoch": round(epoch, 4), **values},
+            f"step {step}/{self._total_steps}  {numbers}",
+            above_bar=True,
+        )
+        self._since = time.perf_counter()
+
+    def _write(self, line: Mapping[str, Any], text: str, *, above_bar: bool = False) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.history.append(dict(line))
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._prints_lines:
+            logger.info(text)
+        elif above_bar and self._bar.live.is_started:
+            self._bar.console.print(text, highlight=False)
+
+    def _means(self) -> dict[str, float]:
+        """Means over the window and over processes; one read from the device."""
+        outputs = [output for group, _ in self._window for output in group]
+        names = list(outputs[0].parts)
+        columns = [torch.stack([output.loss.float() for output in outputs]).mean()]
+        columns += [torch.stack([o.parts[n].float() for o in outputs]).mean() for n in names]
+        means = all_reduce_mean(torch.stack(columns)).tolist()
+        grad_norm = torch.stack([norm.float() for _, norm in self._window]).mean()
+        parts = {f"loss_{n}": m for n, m in zip(names, means[1:], strict=True)}
+        return {
+            "loss": means[0],
+            **(parts if len(parts) > 1 else {}),
+            "grad_norm": float(grad_norm),
+        }
+
+
+def _progress_bar(console: Console, shown: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[numbers]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not shown,
+    )
+
+
+def _named(line: Mapping[str, float]) -> dict[str, float]:
+    return {f"train/{name}": value for name, value in line.items() if name != "step"}
+
+
+def _require_finite(line: Mapping[str, float]) -> None:
+    bad = [name for name, value in line.items() if not math.isfinite(value)]
+    if bad:
+        values = ", ".join(f"{name} {line[name]}" for name in bad)
+        raise VembedError(
+            f"step {line['step']}: not finite since the last logging step: {values}. A smaller lr, "
+            "mixed_precision: no, or a larger temperature help; the last checkpoint is untouched"
+        )

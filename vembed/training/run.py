@@ -1,0 +1,264 @@
+"""A whole run: build the parts, measure, train, measure again, report. Programs only call this."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+
+from vembed.config import TrainConfig, check
+from vembed.errors import ConfigError
+from vembed.evaluation import EvalResult, EvalTask
+from vembed.losses import build_criterion, build_distillation_loss, check_row_fields
+from vembed.models import Encoder, load_encoder
+from vembed.modes import RetrievalMode, all_modes
+from vembed.training.config import save_config
+from vembed.training.console import configure_logging
+from vembed.training.evaluator import Evaluator, sharded_encode
+from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
+from vembed.training.optimizer_builder import build_optimizer, build_scheduler, resolve_tracker
+from vembed.training.outcome import RunResult, prove, report, show
+from vembed.training.run_data import (
+    RunData,
+    build_collator,
+    build_train_loader,
+    build_validation_loader,
+    load_run_data,
+)
+from vembed.training.trackers import start_trackers, stop_trackers
+from vembed.training.trainer import Trainer
+from vembed.training.training_loop import BEST, FINAL, StepPlan
+
+logger = logging.getLogger(__name__)
+
+
+def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
+    """Train as the config says; measure the test set before and after; write the report.
+
+    Collective: every process must call it with the same config.
+
+    Raises:
+        ConfigError: if settings cannot work, together or with the model or the data.
+        DataError: if a row cannot be used.
+    """
+    config = TrainConfig.coerce(config)
+    raise_problems(config)
+    accelerator = build_accelerator(config)
+    configure_logging(main_process=accelerator.is_main_process)
+    check_output_dir(config)
+    set_seed(config.seed)
+    encoder = build_model(config).to(accelerator.device)
+    check_mode(encoder, config)
+    with accelerator.main_process_first():
+        data = load_run_data(config)
+    apply_lora(encoder, config, accelerator)
+    trainer = build_trainer(config, accelerator, encoder, data)
+    _claim_output_dir(config, accelerator)
+    _announce(trainer, encoder, data)
+    before = _measure(data.test_task, encoder, accelerator, config)
+    seconds = _train(trainer)
+    model_path = chosen_model(Path(config.output_dir))
+    after = None
+    if before is not None:
+        trained = load_encoder(str(model_path)).to(accelerator.device)
+        after = _measure(data.test_task, trained, accelerator, config)
+    result = RunResult(model_path, trainer.state, seconds, prove(before, after))
+    if accelerator.is_main_process:
+        result = report(result, config, describe_run(trainer, encoder, data))
+        show(result)
+    accelerator.wait_for_everyone()
+    return result
+
+
+def raise_problems(config: TrainConfig) -> None:
+    """Raise ConfigError with everything that is wrong with the settings, as far as they tell."""
+    problems = check(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """The Accelerator that the settings ask for.
+
+    Raises:
+        ConfigError: if the precision cannot be had on this device.
+    """
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    if on_cpu and config.mixed_precision == "fp16":
+        raise ConfigError("mixed_precision: fp16 needs an accelerator; on a CPU use bf16 or no")
+    ddp = DistributedDataParallelKwargs(
+        find_unused_parameters=config.ddp_find_unused_parameters, broadcast_buffers=False
+    )
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision=config.mixed_precision,
+        log_with=_trackers(config).log_with,
+        project_dir=config.output_dir,
+        kwargs_handlers=[ddp],
+    )
+
+
+def check_mode(encoder: Encoder, config: TrainConfig) -> None:
+    """Raise ConfigError unless the encoder can embed both sides of the retrieval mode."""
+    mode = RetrievalMode.parse(config.retrieval_mode)
+    if not {mode.query, mode.document} <= encoder.modalities:
+        fitting = ", ".join(str(m) for m in all_modes(encoder.modalities))
+        raise ConfigError(
+            f"retrieval_mode: {mode} does not fit {config.model_name!r} (model_type "
+            f"{encoder.model_type}), which can do: {fitting}"
+        )
+
+
+def check_output_dir(config: TrainConfig) -> None:
+    """Raise ConfigError if `output_dir` holds an earlier run and may not be replaced."""
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
+    if (folder / "config.yaml").exists() and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"output_dir: {folder} holds an earlier run. Name another folder, or set "
+            "overwrite_output_dir: true to replace it"
+        )
+
+
+def build_trainer(
+    config: TrainConfig, accelerator: Accelerator, encoder: Encoder, data: RunData
+) -> Trainer:
+    """Every part of a run, put together.
+
+    Raises:
+        ConfigError: if the loss needs row fields that the data does not have.
+    """
+    criterion = build_criterion(
+        config.loss_type,
+        temperature=config.temperature,
+        learn_temperature=config.learn_temperature,
+        bidirectional=config.loss_bidirectional,
+        **config.loss_kwargs,
+    )
+    check_row_fields(criterion, data.train.fields)
+    teacher = build_teacher_model(config)
+    collate = build_collator(encoder, teacher)
+    train_loader = build_train_loader(config, data, collate, accelerator)
+    optimizer = build_optimizer(encoder, config, criterion)
+    trainer = Trainer(
+        model=encoder,
+        optimizer=optimizer,
+        dataloader=train_loader,
+        criterion=criterion,
+        accelerator=accelerator,
+        config=config,
+        teacher_model=teacher,
+        distillation_loss_fn=None if teacher is None else build_distillation_loss(
+            "similarity_kl", temperature=config.distillation_temperature
+        ),
+        evaluator=_build_evaluator(config, accelerator, encoder, criterion, data),
+        val_dataloader=build_validation_loader(config, data, collate, accelerator),
+    )  # fmt: skip
+    plan = StepPlan.of(trainer)
+    trainer.scheduler, _ = build_scheduler(
+        optimizer, config, num_epochs=1, steps_per_epoch=plan.total
+    )
+    return trainer
+
+
+def chosen_model(output_dir: Path) -> Path:
+    """The model folder that a run recommends: the best by validation, else the final one."""
+    best = output_dir / BEST
+    return best if best.is_dir() else output_dir / FINAL
+
+
+def describe_run(trainer: Trainer, encoder: Encoder, data: RunData) -> dict[str, str]:
+    """The facts of a run, for its first log lines and its report."""
+    config, accelerator = trainer.config, trainer.accelerator
+    plan = StepPlan.of(trainer)
+    per_step = config.batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    trainable = sum(p.numel() for p in trainer.parameters())
+    rows = "streamed rows" if config.streaming else f"{len(data.train):,} rows"
+    encoder_facts = ", ".join(f"{name} {value}" for name, value in encoder.describe().items())
+    return {
+        "model": f"{config.model_name} ({encoder_facts})",
+        "parameters": f"{trainable:,} of {sum(p.numel() for p in encoder.parameters()):,} train",
+        "training data": f"{rows} from {config.data_path}",
+        "test data": data.test_source or "none",
+        "batch": f"{per_step} pairs per step = {config.batch_size} per process x "
+        f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} micro-batches",
+        "steps": f"{plan.total:,}",
+        "device": f"{accelerator.device}, mixed precision {config.mixed_precision}",
+    }
+
+
+def _build_evaluator(
+    config: TrainConfig, accelerator: Accelerator, encoder: Encoder, criterion: Any, data: RunData
+) -> Evaluator | None:
+    if data.validation is None:
+        return None
+    return Evaluator(
+        encoder,
+        criterion,
+        accelerator,
+        retrieval_mode=config.retrieval_mode,
+        log_with=config.report_to or None,
+        task=data.validation_task,
+        chunk_tokens=config.chunk_tokens,
+    )
+
+
+def _claim_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Empty the run's own places in `output_dir` and leave the resolved settings there."""
+    if accelerator.is_main_process:
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for earlier in (FINAL, BEST, "checkpoints", "report"):
+            shutil.rmtree(folder / earlier, ignore_errors=True)
+        save_config(config, folder / "config.yaml")
+    accelerator.wait_for_everyone()
+
+
+def _announce(trainer: Trainer, encoder: Encoder, data: RunData) -> None:
+    for name, fact in describe_run(trainer, encoder, data).items():
+        logger.info("%-14s %s", name, fact)
+
+
+def _measure(
+    task: EvalTask | None, encoder: Encoder, accelerator: Accelerator, config: TrainConfig
+) -> EvalResult | None:
+    if task is None:
+        return None
+    logger.info("measuring %s", task.name)
+    return task.evaluate(sharded_encode(encoder, accelerator, config.chunk_tokens))
+
+
+def _train(trainer: Trainer) -> float:
+    """Train with the trackers running; returns the seconds it took."""
+    config, accelerator = trainer.config, trainer.accelerator
+    start_trackers(
+        accelerator,
+        project_name=config.project_name,
+        settings=config.model_dump(mode="json"),
+        init_kwargs=_trackers(config).init_kwargs,
+    )
+    # Dropout of one process must not repeat another's.
+    set_seed(config.seed, device_specific=True)
+    started = time.perf_counter()
+    try:
+        trainer.train()
+    finally:
+        stop_trackers(accelerator)
+    return time.perf_counter() - started
+
+
+def _trackers(config: TrainConfig) -> Any:
+    return resolve_tracker(
+        config.report_to,
+        run_name=config.run_name or Path(config.output_dir).name,
+        tags=config.tags,
+        output_dir=config.output_dir,
+    )

@@ -1,0 +1,147 @@
+"""The data of a run: which rows train, which validate, what the proof is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from vembed.config import TrainConfig
+from vembed.data import (
+    Collator,
+    Record,
+    RecordDataset,
+    StreamingRecordDataset,
+    build_dataloader,
+    load_dataset_records,
+    split_holdout,
+)
+from vembed.evaluation import EvalTask, load_eval_task, task_from_records
+from vembed.models import Encoder
+from vembed.training.data_utils import ROLES, TEACHER_PREFIX
+
+Rows = RecordDataset | StreamingRecordDataset
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Rows and tasks of a run.
+
+    Attributes:
+        train: Rows to train on.
+        validation: Rows for the validation loss, or None.
+        validation_task: What to measure during training, or None.
+        test_task: What to measure before and after, or None.
+        test_source: Where the test set comes from, for the reader.
+    """
+
+    train: Rows
+    validation: RecordDataset | None = None
+    validation_task: EvalTask | None = None
+    test_task: EvalTask | None = None
+    test_source: str = ""
+
+
+def load_run_data(config: TrainConfig) -> RunData:
+    """Read and check every row that the run will need.
+
+    The test set is `test_data_path`, or a share of the training rows that is then not trained on.
+
+    Raises:
+        DataError: if a row cannot be used.
+    """
+    train = load_rows(config, config.data_path, streaming=config.streaming)
+    validation, validation_task, test_task, source = None, None, None, ""
+    if config.val_data_path is not None:
+        validation = load_rows(config, config.val_data_path, split="dev")
+        validation_task = task_from_records(list(validation), "validation")
+    if config.test_data_path is not None:
+        test_task = load_eval_task(
+            config.test_data_path,
+            column_mapping=config.column_mapping,
+            retrieval_mode=config.retrieval_mode,
+        )
+        source = config.test_data_path
+    elif config.holdout_ratio > 0:
+        train, holdout = split_holdout(train, config.holdout_ratio)
+        test_task = task_from_records(list(holdout), "held-out rows")
+        source = f"{len(holdout)} rows held out of {config.data_path}"
+    if config.max_train_samples is not None:
+        train = train.select(range(min(len(train), config.max_train_samples)))
+    return RunData(train, validation, validation_task, test_task, source)
+
+
+def load_rows(
+    config: TrainConfig, path: Any, *, split: str = "train", streaming: bool = False
+) -> Any:
+    """The rows of a data path, read as the config says."""
+    return load_dataset_records(
+        path,
+        retrieval_mode=config.retrieval_mode,
+        column_mapping=config.column_mapping,
+        split=split,
+        streaming=streaming,
+    )
+
+
+def build_train_loader(
+    config: TrainConfig, data: RunData, collate: Callable[..., Any], accelerator: Accelerator
+) -> DataLoader[Any]:
+    """Batches to train on: this process's share of every global batch."""
+    return build_dataloader(
+        data.train,
+        collate,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=accelerator.process_index,
+        process_count=accelerator.num_processes,
+        num_workers=config.num_workers,
+        drop_last=config.drop_last,
+        shuffle=True,
+    )
+
+
+def build_validation_loader(
+    config: TrainConfig, data: RunData, collate: Callable[..., Any], accelerator: Accelerator
+) -> DataLoader[Any] | None:
+    """Batches for the validation loss, in file order; None without validation rows."""
+    if data.validation is None:
+        return None
+    return build_dataloader(
+        data.validation,
+        collate,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=accelerator.process_index,
+        process_count=accelerator.num_processes,
+        num_workers=0,
+        drop_last=False,
+        shuffle=False,
+    )
+
+
+def build_collator(encoder: Encoder, teacher: Encoder | None) -> Callable[[list[Record]], Any]:
+    """Makes batches for the student, with the teacher's inputs beside them if there is one."""
+    student = Collator(encoder.processor)
+    return student if teacher is None else TeacherCollator(student, Collator(teacher.processor))
+
+
+class TeacherCollator:
+    """Adds the teacher's own inputs under `teacher_...`: it may have another tokenizer."""
+
+    def __init__(self, student: Collator, teacher: Collator) -> None:
+        """Assign."""
+        self.student = student
+        self.teacher = teacher
+
+    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
+        """The student's batch and the teacher's inputs and lengths."""
+        inputs = tuple(f"{role}_" for role in ROLES) + ("lengths_",)
+        own = {k: v for k, v in self.teacher(list(records)).items() if k.startswith(inputs)}
+        return {
+            **self.student(list(records)),
+            **{f"{TEACHER_PREFIX}{key}": value for key, value in own.items()},
+        }

@@ -1,0 +1,310 @@
+"""The low-level trainer: holds the parts of a run and computes the gradient of a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, send_to_device
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from vembed.config import TrainConfig
+from vembed.distributed import reduce_gradients
+from vembed.errors import ConfigError
+from vembed.training.data_utils import (
+    TEACHER_PREFIX,
+    Inputs,
+    maybe_first,
+    row_lengths,
+    unpack_extras,
+    unpack_roles,
+)
+from vembed.training.evaluator import Evaluator
+from vembed.training.gradient_cache import GradientCache
+from vembed.training.model_builder import enable_static_graph
+from vembed.training.objective import Embeddings, Objective, StepLoss
+from vembed.training.optimizer_builder import trainable_parameters
+from vembed.training.training_loop import TrainState, run_training_loop
+
+Batch = Mapping[str, Any]
+
+_SUPPORTED = {
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_NPU,
+    DistributedType.MULTI_XPU,
+}
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step leaves behind beside the gradients: detached scalars of this process."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+class Trainer:
+    """Runs optimizer steps over a dataloader.
+
+    Subclass it and override `_step_standard` to change how one micro-batch is trained on. (For the
+    three-line Python API see `vembed.trainer.VEmbedFactoryTrainer`.)
+
+    Model, optimizer and a dataloader that is not sharded yet are prepared by the Accelerator when
+    training starts; the scheduler is not, because Accelerate would advance it once per process.
+    """
+
+    def __init__(  # noqa: PLR0917 - the documented constructor
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        dataloader: Iterable[Batch],
+        criterion: Callable[..., Tensor],
+        accelerator: Accelerator,
+        config: TrainConfig | Mapping[str, Any],
+        scheduler: LRScheduler | None = None,
+        teacher_model: nn.Module | None = None,
+        distillation_loss_fn: Callable[..., Tensor] | None = None,
+        evaluator: Evaluator | None = None,
+        val_dataloader: Iterable[Batch] | None = None,
+    ) -> None:
+        """Assign and check.
+
+        Args:
+            model: The encoder: `model(**inputs) -> [B, D]`.
+            optimizer: Over the trainable parameters of the model and of the criterion.
+            dataloader: Batches as `vembed.data.Collator` makes them.
+            criterion: The loss; see `vembed.losses`.
+            accelerator: Device, processes, precision. Its own gradient accumulation must be 1.
+            config: Settings of the run, or a plain dict of them.
+            scheduler: Advanced once per optimizer step; None keeps the learning rate.
+            teacher_model: Frozen encoder to distil from.
+            distillation_loss_fn: `fn(student, teacher, **extras)`; required with a teacher.
+            evaluator: Measures the model during training.
+            val_dataloader: Batches for the evaluator's loss.
+
+        Raises:
+            ConfigError: if the parts do not fit together.
+        """
+        self.config = TrainConfig.coerce(config)
+        _check_accelerator(accelerator)
+        _check_optimizer_covers(optimizer, model, criterion)
+        self._check_step_and_teacher(teacher_model, distillation_loss_fn)
+        self.model = model
+        self.optimizer = optimizer
+        self.dataloader = dataloader
+        self.criterion = criterion
+        self.accelerator = accelerator
+        self.scheduler = scheduler
+        self.teacher_model = teacher_model
+        self.distillation_loss_fn = distillation_loss_fn
+        self.evaluator = evaluator
+        self.val_dataloader = val_dataloader
+        self.state = TrainState()
+        alpha = self.config.distillation_alpha if distillation_loss_fn is not None else 1.0
+        self.objective = Objective(criterion, distillation_loss_fn, alpha)
+        self.plain_step = GradientCache(
+            chunk_tokens=self.config.chunk_tokens, keep_activations=True
+        )
+        self.gradient_cache = GradientCache(chunk_size=self.config.gradient_cache_chunk_size)
+        self._clamp = getattr(criterion, "clamp", None)
+
+    def prepare(self) -> None:
+        """Place every part on its device and process; `train` does it, and a second call is free.
+
+        Collective: every process must call it.
+        """
+        accelerator = self.accelerator
+        self.model = accelerator.prepare(self.model)
+        self.optimizer = accelerator.prepare(self.optimizer)
+        if accelerator.num_processes > 1 and not _is_sharded(self.dataloader):
+            self.dataloader = accelerator.prepare(self.dataloader)
+        if self.teacher_model is not None:
+            self.teacher_model.requires_grad_(False).eval().to(accelerator.device)
+        for function in (self.criterion, self.distillation_loss_fn):
+            if isinstance(function, nn.Module):
+                function.to(accelerator.device)
+        enable_static_graph(self.model, self.config, accelerator)
+
+    def train(self) -> TrainState:
+        """Train to the end of the last epoch, or for `max_steps`.
+
+        Collective: every process must call it.
+
+        Returns:
+            Where the run stands at its end; also in `self.state`.
+        """
+        self.prepare()
+        self.state = run_training_loop(self)
+        return self.state
+
+    def step(self, batch: Batch) -> StepOutput:
+        """Add the gradient of one micro-batch to the parameters' `.grad`.
+
+        Args:
+            batch: As the dataloader gives it, on any device.
+        """
+        placed = send_to_device(batch, self.accelerator.device)
+        if self.config.use_gradient_cache:
+            return self._step_cached(placed)
+        output = self._step_standard(placed)
+        if not isinstance(output, StepOutput):
+            raise TypeError(
+                "_step_standard must return a StepOutput, with backward already done. "
+                f"Received: {type(output).__name__}"
+            )
+        return output
+
+    def reduce_gradients(self, micro_batches: int = 1) -> None:
+        """Average gradients over micro-batches and processes: once per optimizer step.
+
+        DDP's own reduction depends on which parameters the last backward pass used; this does not.
+
+        Collective: every process must call it.
+
+        Args:
+            micro_batches: How many calls of `step` the gradients are the sum of.
+
+        Raises:
+            ConfigError: if a trainable parameter got no gradient anywhere and
+                `ddp_find_unused_parameters` is off.
+        """
+        encoder = self.accelerator.unwrap_model(self.model)
+        by_ddp = {id(p) for p in encoder.parameters()} if self._reduces_in_backward else set()
+        reduce_gradients(p for p in self.parameters() if id(p) not in by_ddp)
+        if micro_batches > 1:
+            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            torch._foreach_div_(grads, micro_batches)
+        if not self.config.ddp_find_unused_parameters:
+            self._require_gradients()
+
+    def after_update(self) -> None:
+        """Bring parameters with a range, such as a temperature, back into it."""
+        if self._clamp is not None:
+            self._clamp()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trainable parameter: of the model, the criterion and the distillation loss."""
+        return trainable_parameters(
+            self.accelerator.unwrap_model(self.model), self.criterion, self.distillation_loss_fn
+        )
+
+    def _step_standard(self, batch: Batch) -> StepOutput:
+        """One micro-batch: forward, loss, backward. Override it to change the step.
+
+        Add to the gradients with `self.accelerator.backward` and return a StepOutput. The loop
+        divides by the number of micro-batches, reduces, clips, steps and logs.
+        """
+        return self._step_through(self.plain_step, batch)
+
+    def _step_cached(self, batch: Batch) -> StepOutput:
+        """One micro-batch through the gradient cache: the same gradient in less memory."""
+        return self._step_through(self.gradient_cache, batch)
+
+    def _step_through(self, cache: GradientCache, batch: Batch) -> StepOutput:
+        inputs = unpack_roles(batch, self.config.retrieval_mode)
+        teacher = self._teacher_embeddings(cache, batch)
+        extras = unpack_extras(batch)
+
+        def objective(student: Embeddings) -> StepLoss:
+            return self.objective(student, extras, teacher)
+
+        loss = cache.backward(
+            encode=self._embed,
+            inputs=inputs,
+            lengths=row_lengths(batch, inputs),
+            objective=objective,
+            backward=self.accelerator.backward,
+        )
+        return StepOutput(loss.total, loss.parts)
+
+    def _embed(self, inputs: Inputs) -> Tensor:
+        """Model inputs of n rows to embeddings [n, D]: the one place that calls the encoder."""
+        # Without the DDP wrapper: it would expect every forward to be followed by a reduction.
+        wrapped = self._reduces_in_backward
+        encoder = self.model if wrapped else self.accelerator.unwrap_model(self.model)
+        return maybe_first(encoder(**inputs))
+
+    @torch.no_grad()
+    def _teacher_embeddings(self, cache: GradientCache, batch: Batch) -> Embeddings | None:
+        teacher = self.teacher_model
+        if teacher is None:
+            return None
+        prefix = (
+            TEACHER_PREFIX if any(k.startswith(TEACHER_PREFIX + "query_") for k in batch) else ""
+        )
+        own = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+        inputs = unpack_roles(own, self.config.retrieval_mode)
+        return cache.embed(
+            encode=lambda inputs: maybe_first(teacher(**inputs)),
+            inputs=inputs,
+            lengths=row_lengths(own, inputs),
+        )
+
+    @property
+    def _reduces_in_backward(self) -> bool:
+        return self.config.ddp_static_graph and isinstance(self.model, DistributedDataParallel)
+
+    def _check_step_and_teacher(
+        self, teacher_model: nn.Module | None, distillation_loss_fn: Callable[..., Tensor] | None
+    ) -> None:
+        if (teacher_model is None) != (distillation_loss_fn is None):
+            raise ConfigError(
+                "teacher_model and distillation_loss_fn go together. Received: only "
+                f"{'distillation_loss_fn' if teacher_model is None else 'teacher_model'}"
+            )
+        overridden = type(self)._step_standard is not Trainer._step_standard
+        if self.config.use_gradient_cache and overridden:
+            raise ConfigError(
+                f"{type(self).__name__} overrides _step_standard, which use_gradient_cache: true "
+                "never calls. Turn the cache off, or override _step_cached"
+            )
+
+    def _require_gradients(self) -> None:
+        encoder = self.accelerator.unwrap_model(self.model)
+        unused = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+        if unused:
+            shown = ", ".join(unused[:3]) + (" ..." if len(unused) > 3 else "")
+            raise ConfigError(
+                f"{len(unused)} trainable parameters got no gradient in a step: {shown}. "
+                "Freeze them, or set ddp_find_unused_parameters: true to allow it"
+            )
+
+
+def _check_accelerator(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise ConfigError(
+            f"the launcher asked for {accelerator.distributed_type.value}, which vembed does not "
+            "run; use plain data parallelism (DDP)"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise ConfigError(
+            "the Accelerator was built with gradient_accumulation_steps="
+            f"{accelerator.gradient_accumulation_steps}; set it in vembed's config instead, so "
+            "that the loss is divided once"
+        )
+
+
+def _check_optimizer_covers(
+    optimizer: Optimizer, model: nn.Module, criterion: Callable[..., Tensor]
+) -> None:
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for what, module in (("model", model), ("criterion", criterion)):
+        missing = sum(id(p) not in owned for p in trainable_parameters(module))
+        if missing:
+            raise ConfigError(
+                f"the optimizer does not hold {missing} trainable parameters of the {what}; "
+                "build it with build_optimizer(model, config, criterion)"
+            )
+
+
+def _is_sharded(dataloader: Iterable[Batch]) -> bool:
+    """Whether the dataloader gives each process its own share already, as vembed's do."""
+    return hasattr(getattr(dataloader, "batch_sampler", None), "process_count")

@@ -1,0 +1,207 @@
+"""The loop: optimizer steps, and between them logging, validation and saving."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vembed.errors import ConfigError, VembedError
+from vembed.training.checkpoint import STEP_FOLDER, remove_old_checkpoints, save_checkpoint
+from vembed.training.evaluator import Validation
+from vembed.training.recorder import Recorder
+
+if TYPE_CHECKING:
+    from vembed.training.trainer import StepOutput, Trainer
+
+logger = logging.getLogger(__name__)
+
+Batch = Mapping[str, Any]
+LOSS = "loss"
+BEST = "best"
+FINAL = "final"
+
+
+@dataclass
+class TrainState:
+    """Where a run stands.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Epochs done, with the fraction of the current one.
+        best_value: Best validation value so far, or None.
+        best_step: The step at which it was measured; 0 is the model as it was loaded.
+        history: The lines of `metrics.jsonl`, on the main process.
+    """
+
+    step: int = 0
+    epoch: float = 0.0
+    best_value: float | None = None
+    best_step: int | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How many optimizer steps there are: the unit of every `*_steps` setting."""
+
+    per_epoch: int | None
+    total: int
+
+    @classmethod
+    def of(cls, trainer: Trainer) -> StepPlan:
+        """Count the steps of a run; `max_steps` wins over `epochs`.
+
+        Raises:
+            ConfigError: if the data does not know its length and `max_steps` is not set.
+        """
+        config = trainer.config
+        try:
+            batches = len(trainer.dataloader)  # type: ignore[arg-type]
+        except TypeError:
+            if config.max_steps is None:
+                raise ConfigError(
+                    "max_steps: required when the data does not know its length (streaming)"
+                ) from None
+            return cls(None, config.max_steps)
+        per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
+        return cls(per_epoch, config.max_steps or config.epochs * per_epoch)
+
+    def epoch_ends(self, step: int) -> bool:
+        """Whether `step` is the last one of its epoch, or of the run."""
+        return step == self.total or (self.per_epoch is not None and step % self.per_epoch == 0)
+
+
+def run_training_loop(trainer: Trainer) -> TrainState:
+    """Train to the end; validate, save and log on the way.
+
+    Collective: every process must call it.
+
+    Returns:
+        Where the run stands at its end.
+    """
+    config, state, plan = trainer.config, TrainState(), StepPlan.of(trainer)
+    with Recorder(trainer.accelerator, config, plan.total, state.history) as recorder:
+        _validate(trainer, state, recorder)
+        for group in islice(_step_groups(trainer, plan, state), plan.total):
+            outputs, grad_norm = optimizer_step(trainer, group)
+            state.step += 1
+            recorder.add(outputs, grad_norm, rows=_count_rows(group))
+            if state.step % config.logging_steps == 0 or state.step == plan.total:
+                recorder.log_step(state.step, state.epoch, _step_facts(trainer))
+            if _is_due(config.eval_steps, state.step, plan):
+                _validate(trainer, state, recorder)
+            if config.save_steps and state.step % config.save_steps == 0:
+                _save_step(trainer, state.step)
+    _save(trainer, Path(config.output_dir) / FINAL)
+    return state
+
+
+def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[list[StepOutput], Tensor]:
+    """One optimizer update from the mean gradient of some micro-batches.
+
+    Each micro-batch is a contrastive batch of its own: more negatives come from the gradient cache,
+    not from accumulation.
+
+    Returns:
+        What the step of each micro-batch returned, and the gradient norm before clipping.
+    """
+    outputs = [trainer.step(batch) for batch in group]
+    trainer.reduce_gradients(len(group))
+    limit = trainer.config.max_grad_norm or math.inf
+    grad_norm = trainer.accelerator.clip_grad_norm_(trainer.parameters(), limit)
+    trainer.optimizer.step()
+    trainer.after_update()
+    if trainer.scheduler is not None and not trainer.accelerator.optimizer_step_was_skipped:
+        trainer.scheduler.step()
+    trainer.optimizer.zero_grad()
+    return outputs, torch.as_tensor(grad_norm)
+
+
+def _step_groups(trainer: Trainer, plan: StepPlan, state: TrainState) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step, epoch after epoch without end."""
+    size = trainer.config.gradient_accumulation_steps
+    for epoch in count():
+        _set_epoch(trainer.dataloader, epoch)
+        batches = iter(trainer.dataloader)
+        for number in count(1):
+            group = list(islice(batches, size))
+            if not group:
+                break
+            state.epoch = epoch + number / (plan.per_epoch or plan.total)
+            yield group
+        if number == 1:
+            raise VembedError(f"the dataloader gave no batch in epoch {epoch + 1}")
+
+
+def _set_epoch(dataloader: Any, epoch: int) -> None:
+    """Tell whatever orders the rows which epoch it is; a user's own dataloader may not care."""
+    for part in (dataloader, *(getattr(dataloader, n, None) for n in ("batch_sampler", "dataset"))):
+        set_epoch = getattr(part, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+            return
+
+
+def _count_rows(group: list[Batch]) -> int:
+    return sum(len(next(v for k, v in batch.items() if k.startswith("query"))) for batch in group)
+
+
+def _step_facts(trainer: Trainer) -> dict[str, float]:
+    """What is logged beside the loss."""
+    facts = {"lr": float(trainer.optimizer.param_groups[0]["lr"])}
+    scale = dict(getattr(trainer.criterion, "named_parameters", dict)()).get("logit_scale")
+    if scale is not None:
+        facts["temperature"] = float(torch.exp(-scale.detach()))
+    return facts
+
+
+def _is_due(every: int | None, step: int, plan: StepPlan) -> bool:
+    return plan.epoch_ends(step) if every is None else step % every == 0 or step == plan.total
+
+
+def _validate(trainer: Trainer, state: TrainState, recorder: Recorder) -> None:
+    if trainer.evaluator is None:
+        return
+    recorder.say("validating")
+    result = trainer.evaluator.validate(trainer.val_dataloader, state.step)
+    recorder.log_validation(state.step, state.epoch, result)
+    value, larger_is_better = _judge(result, trainer)
+    best = state.best_value
+    if best is not None and not (value > best if larger_is_better else value < best):
+        return
+    state.best_value, state.best_step = value, state.step
+    if state.step > 0:
+        _save(trainer, Path(trainer.config.output_dir) / BEST)
+
+
+def _judge(result: Validation, trainer: Trainer) -> tuple[float, bool]:
+    """The value that decides which model is best, and whether larger is better."""
+    task = trainer.evaluator.task if trainer.evaluator is not None else None
+    name = trainer.config.metric_for_best or (task.main_metric if task is not None else LOSS)
+    if name == LOSS and result.loss is not None:
+        return result.loss, False
+    if name not in result.metrics:
+        measured = [*([LOSS] if result.loss is not None else []), *result.metrics]
+        raise ConfigError(
+            f"metric_for_best: {name!r} is not measured here; measured: {', '.join(measured)}"
+        )
+    return result.metrics[name], True
+
+
+def _save_step(trainer: Trainer, step: int) -> None:
+    folder = Path(trainer.config.output_dir) / "checkpoints"
+    _save(trainer, folder / STEP_FOLDER.format(step=step))
+    if trainer.accelerator.is_main_process:
+        remove_old_checkpoints(folder, trainer.config.save_total_limit)
+
+
+def _save(trainer: Trainer, path: Path) -> None:
+    save_checkpoint(path, trainer.model, trainer.accelerator, config=trainer.config)
