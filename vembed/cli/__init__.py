@@ -1,4 +1,4 @@
-"""The `vembed` command. Each subcommand is a module with `main(argv) -> int`, imported if chosen."""
+"""The `vembed` command. A subcommand is a module with `main(argv) -> int`, imported if chosen."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, argv: list[str]) -> int:
     if command not in COMMANDS:
         raise ConfigError(
-            f"unknown command {command!r}{did_you_mean(command, COMMANDS)}. "
+            f"unknown command {command!r}{did_you_mean(command, COMMANDS)}\n"
             f"One of: {', '.join(COMMANDS)}"
         )
     status: int = import_module(COMMANDS[command][0]).main(argv)

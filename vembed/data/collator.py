@@ -27,7 +27,7 @@ class Processor(Protocol):
         role: Literal["query", "document"],
         prompts: Sequence[str | None] | None = None,
     ) -> dict[str, Tensor]:
-        """Model inputs, one row for each item; a prompt of None stands for the role's own prompt."""
+        """Model inputs, one row for each item; a prompt of None stands for the role's own."""
         ...
 
 
@@ -37,8 +37,8 @@ class Collator:
     The batch is one flat dict; roles that no row has are absent, and so is anything that only some
     of the rows have:
 
-    - `query_*` `[B, ...]`, `positive_*` `[M, ...]`, `negative_*` `[K, ...]`: model inputs. Positives
-      and negatives are in the order of their queries.
+    - `query_*` `[B, ...]`, `positive_*` `[M, ...]`, `negative_*` `[K, ...]`: model inputs.
+      Positives and negatives are in the order of their queries.
     - `lengths_query`, `lengths_positive`, `lengths_negative`: tokens of each item, as lists.
     - `counts_positive`, `counts_negative` `[B]` int64: how many of them each query has.
     - `ids_query`, `ids_positive`, `ids_negative` int64: equal where the content is equal.

@@ -72,7 +72,7 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
     """Rows that are all checked, can be indexed, and are read from disk when asked for.
 
     Attributes:
-        fields: Those of `query, positive, negative, label, score, teacher_scores` that every row has.
+        fields: Those of query, positive, negative, label, score, teacher_scores that every row has.
         label_names: The labels, in the order of their class numbers; empty without labels.
     """
 
@@ -117,7 +117,7 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the rows, their order and their prompts: what was trained on, wherever it lay."""
+        """A hash of the rows, their order and their prompts, wherever the files lie."""
         digest = hashlib.blake2b(self.content_hashes.astype("<i8").tobytes(), digest_size=16)
         parts = np.searchsorted(self._starts, self._indices, side="right") - 1
         digest.update(parts.astype("<i8").tobytes())
@@ -169,9 +169,9 @@ class StreamingRecordDataset(torch.utils.data.IterableDataset[Record]):
                 absent = self.fields - record.fields
                 if absent:
                     raise DataError(
-                        f"{record.where}: {min(absent)}: rows of a stream must have what the first "
-                        f"row has: {', '.join(sorted(self.fields))}. Fill it in, or leave it out of "
-                        "every row"
+                        f"{record.where}: {min(absent)}: rows of a stream must have what the "
+                        f"first row has: {', '.join(sorted(self.fields))}. Fill it in, or leave "
+                        "it out of every row"
                     )
                 yield replace(record, row_index=row_index)
                 row_index += 1
@@ -193,7 +193,7 @@ class StreamingRecordDataset(torch.utils.data.IterableDataset[Record]):
             slot = int(random.integers(buffer_size))
             yield buffer[slot]
             buffer[slot] = record
-        random.shuffle(buffer)  # type: ignore[arg-type]
+        random.shuffle(buffer)
         yield from buffer
 
 
@@ -242,7 +242,7 @@ def load_dataset_records(
     Args:
         data: A JSONL (also .gz), CSV, TSV or Parquet file, an Arrow folder, a BEIR folder, a hub id
             (`owner/name`, `owner/name:config`), or a DatasetSpec (or such a mapping) of one of them
-            with prompts, split and column_mapping of its own; or a list of these, read one after another.
+            with prompts, split and column_mapping of its own; or a list of these.
         retrieval_mode: Modality of queries and documents.
         column_mapping: Our field to your column, where a DatasetSpec has none of its own.
         streaming: Check rows when they are needed rather than before, and store nothing.
@@ -277,18 +277,23 @@ def load_dataset_records(
     return RecordDataset(parts)
 
 
-def split_holdout(dataset: RecordDataset, ratio: float) -> HoldoutSplit:
+def split_holdout(dataset: RecordDataset | StreamingRecordDataset, ratio: float) -> HoldoutSplit:
     """Set aside about `ratio` of the queries, chosen by a hash of the query's content.
 
     The choice is the same on every machine, in every process and after adding rows; rows with the
     same query stay together. Both sides get at least one query.
 
     Raises:
-        ConfigError: if `ratio` is not between 0 and 1.
+        ConfigError: if `ratio` is not between 0 and 1, or the rows are a stream.
         DataError: if the rows have fewer than two different queries.
     """
     if not 0 < ratio < 1:
         raise ConfigError(f"holdout_ratio: must be above 0 and below 1. Received: {ratio}")
+    if isinstance(dataset, StreamingRecordDataset):
+        raise ConfigError(
+            "holdout_ratio: rows of a stream cannot be held out. Set holdout_ratio: 0, and give "
+            "test_data_path for a before/after table"
+        )
     ids = dataset.query_ids
     smallest, largest = ids.min(), ids.max()
     if smallest == largest:
@@ -297,7 +302,7 @@ def split_holdout(dataset: RecordDataset, ratio: float) -> HoldoutSplit:
             f"{len(ids)} row{'s' if len(ids) > 1 else ''} with the query "
             f"{dataset[0].query.text!r}. Add rows, or give test_data_path"
         )
-    # Content ids are spread evenly over 63 bits. The smallest is always held out, the largest never.
+    # Content ids spread evenly over 63 bits. The smallest is always held out, the largest never.
     held_out = ((ids < ratio * _ID_RANGE) | (ids == smallest)) & (ids != largest)
     return HoldoutSplit(
         dataset.select(np.flatnonzero(~held_out)), dataset.select(np.flatnonzero(held_out))
@@ -326,8 +331,8 @@ class _Stream:
 class _ShareOfProgress:
     """Progress of one source among several.
 
-    Among the arguments of a stored data set, which `datasets` hashes to find it again, this must not
-    count: whatever it holds, it pickles to the same bytes.
+    Among the arguments of a stored data set, which `datasets` hashes to find it again, this must
+    not count: whatever it holds, it pickles to the same bytes.
     """
 
     def __init__(
@@ -498,7 +503,7 @@ def _label_names(parts: Sequence[_Part]) -> tuple[str, ...]:
 
 
 def _code_digest() -> str:
-    """Changes with the code that reads and checks rows, so that no other version's rows are served."""
+    """Changes with the code that reads and checks rows: no other version's rows are served."""
     names = ("dataset.py", "problems.py", "reading.py", "records.py", "sources.py")
     paths = [*(Path(__file__).with_name(name) for name in names), Path(modes.__file__)]
     files = [path.read_bytes() for path in paths]

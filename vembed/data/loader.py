@@ -31,9 +31,8 @@ class RecordLoader(DataLoader[Any]):
 
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
         """Choose the epoch (from 0) to iterate over next, and the batch in it to begin with."""
-        order = self.dataset if self.batch_sampler is None else self.batch_sampler
-        assert_type: Any = order
-        assert_type.set_epoch(epoch, start_batch=start_batch)
+        order: Any = self.dataset if self.batch_sampler is None else self.batch_sampler
+        order.set_epoch(epoch, start_batch=start_batch)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -187,7 +186,7 @@ class _BatchStream(IterableDataset[Any]):
             yield _Failure(str(error))
 
     def _batches(self, worker: int, workers: int) -> Iterator[list[Record]]:
-        """Every `workers`-th batch: DataLoader asks its workers in turn, so the order is the same."""
+        """Every `workers`-th batch; DataLoader asks its workers in turn, which keeps the order."""
         rows = self._rows()
         number = 0
         while group := list(islice(rows, self._shares.global_size)):

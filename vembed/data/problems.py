@@ -87,17 +87,15 @@ def describe(value: Any) -> str:
     """A value as it is shown to the user: shortened, with its kind in words."""
     if value is None:
         return "null"
-    if isinstance(value, bool):
-        return f"{str(value).lower()} (a boolean)"
-    if isinstance(value, int | float):
-        return f"{shorten(str(value))} (a number)"
     if isinstance(value, str):
         return f"{shorten(value, quote=True)} (a text)"
+    kinds = {bool: "a boolean", int: "a number", float: "a number", dict: "an object"}
     if isinstance(value, list | tuple):
-        return f"{shorten(repr(value))} (a list of {len(value)})"
-    if isinstance(value, dict):
-        return f"{shorten(repr(value))} (an object)"
-    return f"{shorten(repr(value))} (of type {type(value).__name__})"
+        kind = f"a list of {len(value)}"
+    else:
+        kind = kinds.get(type(value), f"of type {type(value).__name__}")
+    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    return f"{shorten(shown)} ({kind})"
 
 
 def shorten(text: str, *, quote: bool = False) -> str:

@@ -9,18 +9,20 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from vembed.data.problems import RowProblem, describe, list_names, shorten
 from vembed.errors import DataError
 from vembed.registry import did_you_mean
 
 MAX_LINE_BYTES = 32 * 2**20
-"""A longer line is refused: it is a broken file, or would not fit a model by orders of magnitude."""
+"""A longer line is refused: the file is broken, or the text too long for any model."""
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _PARQUET_BATCH_ROWS = 1000
+
+BinaryFile = BinaryIO | gzip.GzipFile
 
 
 class RawRow(NamedTuple):
@@ -114,8 +116,8 @@ def read_parquet(path: str) -> Iterator[RawRow]:
     Raises:
         DataError: if it is none, or is damaged.
     """
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
@@ -131,7 +133,7 @@ def read_parquet(path: str) -> Iterator[RawRow]:
 
 
 def read_beir(folder: str, split: str) -> Iterator[RawRow]:
-    """Each query of a BEIR folder's split with its relevant documents, in the order of queries.jsonl.
+    """Each query of a BEIR split with its relevant documents, in the order of queries.jsonl.
 
     A document's text is its title, a space and its text. Only the relevant documents are held in
     memory. `line` is the line of queries.jsonl.
@@ -162,8 +164,8 @@ def read_beir(folder: str, split: str) -> Iterator[RawRow]:
 
 
 @contextmanager
-def _open_binary(path: str) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
-    """A file, unpacked when it ends in `.gz`, and a function that tells which share of it is read."""
+def _open_binary(path: str) -> Iterator[tuple[BinaryFile, Callable[[], float]]]:
+    """A file, unpacked when it ends in `.gz`, and what tells which share of it is read."""
     try:
         size = max(1, Path(path).stat().st_size)
         with open(path, "rb") as raw:
@@ -180,23 +182,26 @@ def _open_binary(path: str) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _bounded_lines(file: IO[bytes]) -> Iterator[tuple[int, bytes | RowProblem]]:
+def _bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]:
     """Lines with their numbers from 1; one that is too long ends the reading."""
     line = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
         line += 1
         if len(raw) > MAX_LINE_BYTES:
-            yield line, RowProblem(
-                "line",
-                f"must not be longer than {MAX_LINE_BYTES // 2**20} MB",
-                shorten(repr(raw[:80])),
-                advice="Write one object per line, and shorten its texts.",
+            yield (
+                line,
+                RowProblem(
+                    "line",
+                    f"must not be longer than {MAX_LINE_BYTES // 2**20} MB",
+                    shorten(repr(raw[:80])),
+                    advice="Write one object per line, and shorten its texts.",
+                ),
             )
             return
         yield line, raw.removeprefix(_UTF8_MARK) if line == 1 else raw
 
 
-def _text_lines(file: IO[bytes]) -> Iterator[str]:
+def _text_lines(file: BinaryFile) -> Iterator[str]:
     for _, raw in _bounded_lines(file):
         text = raw if isinstance(raw, RowProblem) else _decode(raw)
         if isinstance(text, RowProblem):

@@ -43,7 +43,7 @@ class Record:
     """One training row.
 
     Attributes:
-        query: What is searched with; the only item of a labelled row; the first text of a graded pair.
+        query: What is searched with; a labelled row's only item; a graded pair's first text.
         positives: What should be found, at least one unless the row has a label.
         negatives: What should not be found.
         label: Class number: the position in `RecordDataset.label_names`. In a stream, whose labels
@@ -183,9 +183,7 @@ class RowParser:
         columns = tuple(row)
         if columns != self._columns:  # rows of one file almost always have the same columns
             self._columns = columns
-            self._layout = {
-                field: self._columns_of(field, columns) for field in FIELD_COLUMNS
-            }
+            self._layout = {field: self._columns_of(field, columns) for field in FIELD_COLUMNS}
             self._unseen.difference_update(columns)
 
     def _columns_of(self, field: str, columns: Sequence[str]) -> list[str]:
@@ -252,7 +250,7 @@ class RowParser:
         return number
 
     def _numbers(self, row: Mapping[str, Any], field: str) -> tuple[float, ...] | None:
-        """The numbers of a field that holds a list of them, or None where there is no such field."""
+        """The numbers of a field that holds a list of them; None where there is no such field."""
         for place, value in self._values(row, field):
             values = self._list_in_cell(value) if self._text_cells else value
             if not isinstance(values, list | tuple):

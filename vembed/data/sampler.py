@@ -17,9 +17,9 @@ class StatelessBatchSampler(Sampler[list[int]]):
     """Batches of row numbers for one of several processes.
 
     The rows of an epoch, in random order, are cut into global batches of `batch_size *
-    process_count`, and process p takes the p-th slice of each: several processes see, together, just
-    what one process with a larger batch sees. Nothing but the arguments and the epoch decides, so that
-    a run can be resumed anywhere.
+    process_count`, and process p takes the p-th slice of each: several processes see, together,
+    just what one process with a larger batch sees. Nothing but the arguments and the epoch decides,
+    so that a run can be resumed anywhere.
 
     The last global batch may be smaller; then slices differ by one row at most. It is left out with
     `drop_last`, and where it has fewer rows than there are processes.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
@@ -15,7 +15,7 @@ from vembed.data.reading import RawRow, read_beir, read_csv, read_jsonl, read_pa
 from vembed.errors import ConfigError, DataError
 from vembed.registry import did_you_mean
 
-FILE_READERS = {
+FILE_READERS: dict[str, Callable[[str], Iterator[RawRow]]] = {
     ".jsonl": read_jsonl,
     ".jsonl.gz": read_jsonl,
     ".csv": partial(read_csv, delimiter=","),
@@ -126,7 +126,7 @@ def find_source(path: str, *, split: str, own_split: bool, streaming: bool) -> S
     """What `path` stands for.
 
     Args:
-        path: A file, an Arrow folder, a BEIR folder, or a hub id (`owner/name`, `owner/name:config`).
+        path: A file, an Arrow folder, a BEIR folder, or a hub id (`owner/name[:config]`).
         split: Which rows of a folder or hub data set.
         own_split: Whether the user asked for this split, rather than it being the default.
         streaming: Whether a hub data set is read without downloading it first.
@@ -200,8 +200,9 @@ def _not_there(path: str, local: Path) -> str:
     if not folder.is_dir():
         return f"{path}: there is no such file, nor its folder {str(folder)!r}."
     near = get_close_matches(local.name, [file.name for file in folder.iterdir()], n=2)
-    hint = f". Did you mean {' or '.join(repr(str(folder / name)) for name in near)}?" if near else "."
-    return f"{path}: there is no such file or folder{hint}"
+    names = " or ".join(repr(str(folder / name)) for name in near)
+    hint = f" Did you mean {names}?" if near else ""
+    return f"{path}: there is no such file or folder.{hint}"
 
 
 def _ending_of(path: str) -> str | None:

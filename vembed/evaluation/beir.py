@@ -147,8 +147,8 @@ def _read_qrels(
         first = qrels.setdefault(query_id, {}).setdefault(document_id, grade)
         if first != grade:
             raise DataError(
-                f"{where}: one judgement per pair is expected. Received: {grade:g} for {query_id!r} and "
-                f"{document_id!r}, after {first:g}. Keep one"
+                f"{where}: one judgement per pair is expected. Received: {grade:g} after {first:g} "
+                f"for {query_id!r} and {document_id!r}. Keep one"
             )
     if not qrels:
         raise DataError(f"{path}: must hold judgements. Received: none")
@@ -172,8 +172,8 @@ def _judgements(path: Path) -> Iterator[tuple[int, tuple[str, str, float]]]:
                 continue
             if grade is None:
                 raise DataError(
-                    f"{path}:{line}: query-id, corpus-id and a number, separated by tabs, are expected. "
-                    f"Received: {describe(text)}"
+                    f"{path}:{line}: query-id, corpus-id and a number, separated by tabs, are "
+                    f"expected. Received: {describe(text)}"
                 )
             yield line, (cells[0], cells[1], grade)
 

@@ -18,7 +18,9 @@ def pearson(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     scale = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
     # Centring leaves rounding residue of a constant column, not 0; its span is exactly 0.
     span = np.ptp(columns, axis=-2).min(axis=-1)
-    return np.divide(covariance, scale, out=np.zeros_like(covariance), where=span > 0)
+    result = np.zeros_like(covariance)
+    np.divide(covariance, scale, out=result, where=span > 0)
+    return result
 
 
 def spearman(columns: NDArray[np.float64]) -> NDArray[np.float64]:

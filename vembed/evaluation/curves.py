@@ -13,8 +13,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -24,12 +22,12 @@ VALIDATION_PREFIX = "val_"
 _SMOOTH_FROM = 30  # points; fewer are shown as they are
 
 History = Sequence[Mapping[str, Any]]
-"""Lines of `metrics.jsonl`: training lines with `loss`, validation lines with `val_...` keys, all with `step`."""
+"""Lines of `metrics.jsonl`, all with `step`: training has `loss`, validation has `val_...` keys."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a panel: what it is called, where it goes, and whether each point was measured or averaged."""
+    """One line of a panel; `colour` is a role of the page: before, after, third or fourth."""
 
     label: str
     steps: list[float]
@@ -49,7 +47,8 @@ class Panel:
     def describe(self) -> str:
         """The chart in words, for readers who cannot see it."""
         told = [
-            f"{s.label} from {s.values[0]:.4g} at step {s.steps[0]:g} to {s.values[-1]:.4g} at step {s.steps[-1]:g}"
+            f"{s.label} from {s.values[0]:.4g} at step {s.steps[0]:g} "
+            f"to {s.values[-1]:.4g} at step {s.steps[-1]:g}"
             for s in self.series
             if not s.is_faint
         ]
@@ -82,7 +81,7 @@ _VARIABLES = {
 
 
 def build_panels(history: History, metrics: Sequence[str]) -> list[Panel]:
-    """The panels that `history` has numbers for: loss, validation metrics, learning rate, gradient norm, speed.
+    """The panels that `history` has numbers for, the loss first.
 
     Args:
         history: Lines of `metrics.jsonl`.
@@ -118,7 +117,7 @@ def panel_svg(panel: Panel) -> str:
         figure = Figure(figsize=(4.6, 2.7), layout="constrained")
         _draw(figure.add_subplot(), panel, _STAND_INS)
         buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -135,7 +134,7 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
     figure = Figure(figsize=(4.8 * columns, 2.9 * rows), layout="constrained", facecolor="white")
     for number, panel in enumerate(panels, start=1):
         _draw(figure.add_subplot(rows, columns, number), panel, _PRINT)
-    FigureCanvasAgg(figure).print_figure(path, dpi=160)
+    figure.savefig(path, dpi=160)
 
 
 def _series(

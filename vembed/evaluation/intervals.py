@@ -105,8 +105,9 @@ def _check_paired(before: EvalResult, after: EvalResult) -> None:
         same = list(before.rankings.queries) == list(after.rankings.queries)
     if not same:
         raise ConfigError(
-            f"compare: expected two results of one task on the same items. Received: {before.task!r} with "
-            f"{len(before)} {before.items} and {after.task!r} with {len(after)} {after.items}"
+            f"compare: expected two results of one task on the same items. Received: "
+            f"{before.task!r} with {len(before)} {before.items} and "
+            f"{after.task!r} with {len(after)} {after.items}"
         )
 
 
@@ -140,7 +141,7 @@ _STATISTICS: dict[str, Callable[[Floats], Floats]] = {"spearman": spearman, "pea
 
 
 def _bootstrap(name: str, sides: Sequence[Floats]) -> list[Floats]:
-    """The metric in each of RESAMPLES resamples of the items, per side; the draws are shared by the sides."""
+    """The metric in each of RESAMPLES resamples of the items, per side; sides share the draws."""
     statistic = _STATISTICS.get(name, _mean)
     count = len(sides[0])
     rng = np.random.default_rng(_SEED)
@@ -174,7 +175,7 @@ def _mean_swaps(before: Floats, after: Floats) -> tuple[float, Floats]:
 
 
 def _correlation_swaps(before: Floats, after: Floats) -> tuple[float, Floats]:
-    """Differences of correlation when the models' cosines (Spearman: their ranks) are swapped at random.
+    """Differences of correlation when the models' cosines (or their ranks) are swapped at random.
 
     Both models' cosines are standardised first: what is exchangeable under "no difference" is the
     place of a pair among the model's own cosines. Swapped columns are `mean + sign * half`, whose
@@ -217,7 +218,7 @@ def _safe_ratio(covariance: Floats, variance: Floats) -> Floats:
 def _signs(count: int) -> Iterator[Floats]:
     rng = np.random.default_rng(_SEED)
     for size in _block_sizes(SWAPS, count):
-        yield rng.integers(0, 2, size=(size, count), dtype=np.int8) * 2.0 - 1.0
+        yield rng.integers(2, size=(size, count), dtype=np.int8).astype(np.float64) * 2 - 1
 
 
 def _block_sizes(total: int, count: int) -> Iterator[int]:

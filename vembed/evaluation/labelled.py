@@ -43,10 +43,10 @@ class LabelledTask:
         """
         if len(items) != len(labels):
             raise DataError(f"{name}: {len(items)} items but {len(labels)} labels")
-        chosen = np.arange(len(items))
+        chosen = list(range(len(items)))
         if len(items) > max_items:
             rng = np.random.default_rng(seed)
-            chosen = np.sort(rng.choice(len(items), size=max_items, replace=False))
+            chosen = sorted(rng.choice(len(items), size=max_items, replace=False).tolist())
         self.name = name
         self.items = [items[row] for row in chosen]
         numbers: dict[Hashable, int] = {}
@@ -56,7 +56,8 @@ class LabelledTask:
         self._shared = np.bincount(self._labels, minlength=1)[self._labels] > 1
         if not self._shared.any():
             raise DataError(
-                f"{name}: expected a label that two items share. Received: {len(numbers)} labels, all single"
+                f"{name}: expected a label that two items share. "
+                f"Received: {len(numbers)} labels, each on one item"
             )
 
     @classmethod

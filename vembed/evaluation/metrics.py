@@ -38,7 +38,7 @@ def ndcg(ranked_QK: Floats, relevant_QR: Floats, k: int) -> Floats:
 
 
 def mrr(ranked_QK: Floats, relevant_QR: Floats, k: int) -> Floats:
-    """1 / rank of the first relevant document, 0 when it is not among the first k (trec_eval `recip_rank`)."""
+    """1 / rank of the first relevant document, 0 when it is beyond k (trec_eval `recip_rank`)."""
     hits_Qk = ranked_QK[:, :k] > 0
     if hits_Qk.shape[1] == 0:
         return np.zeros(len(ranked_QK))
@@ -46,14 +46,17 @@ def mrr(ranked_QK: Floats, relevant_QR: Floats, k: int) -> Floats:
 
 
 def average_precision(ranked_QK: Floats, relevant_QR: Floats, k: int) -> Floats:
-    """Precision at each relevant document of the first k, summed, over all relevant ones (trec_eval `map_cut`)."""
+    """Precision at each relevant document of the first k, averaged over all relevant documents.
+
+    This is trec_eval's `map_cut`; relevant documents beyond k count as 0.
+    """
     hits_Qk = ranked_QK[:, :k] > 0
     precision_Qk = hits_Qk.cumsum(axis=1) / np.arange(1, hits_Qk.shape[1] + 1)
     return _ratio((precision_Qk * hits_Qk).sum(axis=1), _count(relevant_QR))
 
 
 def precision(ranked_QK: Floats, relevant_QR: Floats, k: int) -> Floats:
-    """Share of the first k that is relevant; the divisor is k even when fewer are ranked (trec_eval `P`)."""
+    """Share of the first k that is relevant; of k even when fewer are ranked (trec_eval `P`)."""
     return _count(ranked_QK[:, :k]) / k
 
 
@@ -63,7 +66,7 @@ def recall(ranked_QK: Floats, relevant_QR: Floats, k: int) -> Floats:
 
 
 def capped_recall(ranked_QK: Floats, relevant_QR: Floats, k: int) -> Floats:
-    """Recall over min(k, relevant documents), so that 1 can be reached when more than k are relevant."""
+    """Hits over min(k, relevant documents): 1 can be reached when more than k are relevant."""
     return _ratio(_count(ranked_QK[:, :k]), np.minimum(_count(relevant_QR), k))
 
 

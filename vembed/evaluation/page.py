@@ -1,9 +1,12 @@
-"""The report as one HTML page: no script, no request to anywhere; every text that is not ours is escaped."""
+"""The report as one HTML page: no script, no request to anywhere.
+
+Every text that comes from data or settings is escaped.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -13,7 +16,7 @@ from vembed.evaluation.intervals import RESAMPLES, SWAPS, MetricChange
 from vembed.evaluation.metrics import metric_label
 from vembed.evaluation.moved import MovedQueries, MovedQuery
 
-_SHOWN_CHARACTERS = 280
+_SHOWN_CHARACTERS = 240
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ def _verdict(change: MetricChange, items: str) -> str:
     return f"""<p class="verdict">{metric} {verb} from <b class="before">{change.before:.3f}</b>
 to <b class="after">{change.after:.3f}</b> on {change.items:,} held-out {escape(items)}.</p>
 <p class="doubt"><span class="chip {change.verdict}">{change.difference:+.3f}</span>
-95&nbsp;% interval {change.difference_low:+.3f} to {change.difference_high:+.3f}, p&nbsp;{_p_relation(change.p_value)}.{doubt}</p>"""
+95&nbsp;% interval {change.difference_low:+.3f} to {change.difference_high:+.3f},
+p&nbsp;{_p_relation(change.p_value)}.{doubt}</p>"""
 
 
 def _p_relation(p_value: float) -> str:
@@ -112,20 +116,24 @@ difference.</p>
 
 
 def _measurement(change: MetricChange, axis: _Axis) -> str:
+    before = _number(f"{change.before:.4f}", change.before_low, change.before_high)
+    after = _number(f"{change.after:.4f}", change.after_low, change.after_high)
+    difference = _number(
+        f"{change.difference:+.4f}", change.difference_low, change.difference_high, sign="+"
+    )
     return f"""<tr>
 <th scope="row">{escape(metric_label(change.metric))}</th>
-<td data-label="Before">{_number(f"{change.before:.4f}", f"{change.before_low:.3f} to
-{change.before_high:.3f}")}</td> <td data-label="After">{_number(f"{change.after:.4f}",
-f"{change.after_low:.3f} to {change.after_high:.3f}")}</td> <td data-label="Change"
-class="{change.verdict}">{_number(f"{change.difference:+.4f}", f"{change.difference_low:+.3f} to
-{change.difference_high:+.3f}")}</td> <td
-data-label="p">{escape(format_p_value(change.p_value))}</td> <td class="plot">{_dumbbell(change,
-axis)}</td>
+<td data-label="Before">{before}</td>
+<td data-label="After">{after}</td>
+<td data-label="Change" class="{change.verdict}">{difference}</td>
+<td data-label="p">{escape(format_p_value(change.p_value))}</td>
+<td class="plot">{_dumbbell(change, axis)}
+<span class="ends" aria-hidden="true"><i>{axis.label(axis.low)}</i><i>{axis.label(axis.high)}</i></span></td>
 </tr>"""
 
 
-def _number(value: str, interval: str) -> str:
-    return f"{value}<small>{interval}</small>"
+def _number(value: str, low: float, high: float, *, sign: str = "") -> str:
+    return f"{value}<small>{low:{sign}.3f} to {high:{sign}.3f}</small>"
 
 
 @dataclass(frozen=True)
@@ -140,40 +148,39 @@ class _Axis:
     def covering(cls, changes: Sequence[MetricChange]) -> _Axis:
         low = min(min(c.before_low, c.after_low) for c in changes)
         high = max(max(c.before_high, c.after_high) for c in changes)
-        step = next(
-            s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5) if (high - low) / s <= 5 or s == 0.5
-        )
-        return cls(
-            math.floor(low / step) * step,
-            max(math.ceil(high / step), math.floor(low / step) + 1) * step,
-            step,
-        )
+        steps = (0.01, 0.02, 0.05, 0.1, 0.2)
+        step = next((step for step in steps if high - low <= 5 * step), 0.5)
+        first = math.floor(low / step)
+        last = max(math.ceil(high / step), first + 1)
+        return cls(first * step, last * step, step)
 
     def place(self, value: float) -> str:
         return f"{100 * (value - self.low) / (self.high - self.low):.2f}%"
 
     def ticks(self) -> list[float]:
-        return [
-            self.low + i * self.step for i in range(round((self.high - self.low) / self.step) + 1)
-        ]
+        count = round((self.high - self.low) / self.step)
+        return [self.low + number * self.step for number in range(count + 1)]
+
+    def label(self, tick: float) -> str:
+        return f"{tick:.{2 if self.step < 0.1 else 1}f}"
 
     def labels(self) -> str:
-        digits = 2 if self.step < 0.1 else 1
         marks = "".join(
-            f'<span style="left:{self.place(tick)}">{tick:.{digits}f}</span>'
+            f'<span style="left:{self.place(tick)}">{self.label(tick)}</span>'
             for tick in self.ticks()
         )
         return f'<span class="axis" aria-hidden="true">{marks}</span>'
 
 
 def _dumbbell(change: MetricChange, axis: _Axis) -> str:
-    """Two points with their intervals and a line from one to the other, on a scale in per cent of the width."""
+    """Two points over their intervals, in per cent of the width."""
     grid = "".join(
-        f'<line class="grid" x1="{axis.place(t)}" x2="{axis.place(t)}" y1="0" y2="44"/>'
-        for t in axis.ticks()
+        f'<line class="grid" x1="{x}" x2="{x}" y1="0" y2="44"/>'
+        for x in map(axis.place, axis.ticks())
     )
     sides = "".join(
-        f'<line class="bar {name}" x1="{axis.place(low)}" x2="{axis.place(high)}" y1="{y}" y2="{y}"/>'
+        f'<line class="bar {name}" x1="{axis.place(low)}" x2="{axis.place(high)}" '
+        f'y1="{y}" y2="{y}"/>'
         f'<circle class="{name}" cx="{axis.place(value)}" cy="{y}" r="5"/>'
         for name, low, value, high, y in (
             ("before", change.before_low, change.before, change.before_high, 14),
@@ -273,14 +280,10 @@ def _setting(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Mapping):
-        return _joined(f"{key}: {_setting(entry)}" for key, entry in value.items()).join("{}")
+        return "{" + ", ".join(f"{key}: {_setting(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return _joined(_setting(entry) for entry in value).join("[]")
+        return "[" + ", ".join(_setting(entry) for entry in value) + "]"
     return str(value)
-
-
-def _joined(parts: Iterable[str]) -> str:
-    return ", ".join(parts)
 
 
 def _method(data: ReportData) -> str:
@@ -288,8 +291,8 @@ def _method(data: ReportData) -> str:
         return ""
     items = escape(data.items)
     return f"""<footer>
-<p>Both models answered the same {items}; none of them was trained on. Intervals: {RESAMPLES:,}
+<p>Both models answered the same {items}, none of which was trained on. Intervals: {RESAMPLES:,}
 bootstrap resamples of the {items}, the same ones for both models. p: paired randomisation test,
-{SWAPS:,} random swaps. Equal scores are ordered to the disadvantage of the model, so a model that
-gives every text the same vector earns nothing. Metrics follow trec_eval.</p>
+{SWAPS:,} random swaps. Equal scores are ordered to the disadvantage of the model, so one that gives
+every text the same vector earns nothing. Metrics follow the definitions of trec_eval.</p>
 </footer>"""

@@ -17,7 +17,10 @@ HEADLINE = ("spearman", "pearson")
 
 
 class GradedPairsTask:
-    """Correlation of cosine and score over pairs. The first of a pair is encoded as a query, the second as a document."""
+    """Correlation of cosine and score over pairs.
+
+    The first text of a pair is encoded as a query, the second as a document.
+    """
 
     main_metric = HEADLINE[0]
 

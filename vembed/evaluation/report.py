@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -23,8 +24,11 @@ _STYLES = {"better": "bold green", "worse": "bold red", "unclear": "dim"}
 
 
 def render_table(changes: Sequence[MetricChange], *, title: str | None = None) -> Table:
-    """Before, after and change of each metric, every number over its 95 % interval; fits 80 columns."""
-    table = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
+    """Before, after and change of each metric, with 95 % intervals; fits 80 columns."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", caption_justify="left",
+        box=SIMPLE_HEAD, pad_edge=False,
+    )  # fmt: skip
     table.add_column("metric")
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -51,8 +55,9 @@ def render_table(changes: Sequence[MetricChange], *, title: str | None = None) -
 def render_moved(moved: MovedQueries) -> RenderableType:
     """The queries that moved most, with the ranks of their right answers and what stood first."""
     counts = Text.assemble(
-        "Right answer ranked higher for ", (f"{moved.improved_count:,}", "bold green"), " queries, lower for ",
-        (f"{moved.worsened_count:,}", "bold red"), f", the same for {moved.unchanged_count:,}",
+        "Right answer ranked higher for ", (f"{moved.improved_count:,}", "bold green"),
+        " queries, lower for ", (f"{moved.worsened_count:,}", "bold red"),
+        f", the same for {moved.unchanged_count:,}.\nIts rank before and after:",
     )  # fmt: skip
     parts: list[RenderableType] = [counts]
     for heading, queries, style in (
@@ -75,7 +80,7 @@ def write_report(
     facts: Mapping[str, Any],
     items: str = "queries",
 ) -> Path:
-    """Write `report.html`, one file that needs nothing else, and beside it `curves.png` when there are curves.
+    """Write `report.html`, one file that needs nothing else, and the curves again as `curves.png`.
 
     Args:
         folder: Made when missing; an earlier report in it is replaced.
@@ -115,16 +120,22 @@ def _value(value: str, interval: str, style: str = "") -> Text:
 
 def _moved_grid(queries: Sequence[MovedQuery], style: str) -> Table:
     grid = Table.grid(padding=(0, 2))
-    grid.add_column(justify="right", no_wrap=True)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_column(justify="right", no_wrap=True, min_width=len("right answer"))
+    grid.add_column()
     for query in queries:
         ranks = Text(f"{query.rank_before:,} → {query.rank_after:,}", style=f"bold {style}")
-        grid.add_row(ranks, Text(shorten(query.query, 300), style="bold"))
-        grid.add_row(Text("right answer", "dim"), shorten(query.right_answer, 300))
+        grid.add_row(ranks, _line(query.query, "bold"))
+        grid.add_row(Text("right answer", "dim"), _line(query.right_answer))
         for label, text, rank in (
             ("first before", query.top_before, query.rank_before),
             ("first after", query.top_after, query.rank_after),
         ):
             if rank > 1:
-                grid.add_row(Text(label, "dim"), Text(shorten(text, 300)))
+                grid.add_row(Text(label, "dim"), _line(text))
+        grid.add_row()
     return grid
+
+
+def _line(text: str, style: str = "") -> Text:
+    """One line however narrow the terminal is; what does not fit ends in an ellipsis."""
+    return Text(shorten(text, 300), style=style, no_wrap=True, overflow="ellipsis")

@@ -20,7 +20,7 @@ Encode = Callable[[Sequence[Item], Role], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Rankings:
-    """Which documents each query found: for showing, and for following a query from one model to another."""
+    """Which documents each query found: to show, and to follow a query from model to model."""
 
     queries: Sequence[Item]
     documents: Sequence[Item]
@@ -103,7 +103,7 @@ def encode_checked(encode: Encode, items: Sequence[Item], role: Role) -> NDArray
     if len(broken):
         shown = repr((items[broken[0]].text or items[broken[0]].image or "")[:80])
         raise VembedError(
-            f"evaluation: the model gave NaN or infinity for {len(broken)} of {len(items)} items, the first is "
-            f"{shown}; the weights have diverged, or the precision is too low"
+            f"evaluation: the model gave NaN or infinity for {len(broken)} of {len(items)} items, "
+            f"the first is {shown}; the weights have diverged, or the precision is too low"
         )
     return vectors

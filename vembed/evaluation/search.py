@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by cosine: blocks of queries against all documents, never an N x N matrix.
+"""Exact nearest neighbours by cosine, in blocks of queries: never an N x N matrix.
 
 # Shapes: Q queries, q queries of one block, N documents, D size, K documents kept per query
 """
@@ -42,7 +42,7 @@ class Neighbours:
 
 @dataclass(frozen=True)
 class Judgements:
-    """What is known of some (query, document) pairs of a block of queries: three columns of equal length.
+    """What is known of some pairs of a block of queries and documents: three equal columns.
 
     Attributes:
         rows: Row of the query in the block.
@@ -108,7 +108,7 @@ def _blocks(queries: int, documents: int) -> Iterator[range]:
 
 
 def _sort_keys(cosines_qN: Tensor, judgements: Judgements) -> Tensor:
-    """Cosines in whole steps; a relevant document loses less than one step, the more the higher its grade.
+    """Cosines in whole steps; a relevant document loses part of a step, more for a higher grade.
 
     Sorting by this key is sorting by cosine with ties least relevant first, and one `topk` does
     both.

@@ -59,8 +59,6 @@ def task_from_records(records: Sequence[Record], name: str) -> EvalTask:
         return LabelledTask.from_records(records, name=name)
     odd = next(record for record in records if not record.positives)
     raise DataError(
-        f"{odd.where}: evaluation needs query and positive in every row (with score: graded pairs), "
-        f"or text and label in every row. Received: a row with neither a positive nor a label"
-        if odd.label is None
-        else f"{odd.where}: evaluation needs rows of one form. Received: a row with a label and no positive among others"
+        f"{odd.where}: evaluation needs a positive in every row (with a score: graded pairs), or a "
+        "label in every row. Received: rows of both forms. Split them into two files"
     )

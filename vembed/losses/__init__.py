@@ -101,16 +101,15 @@ def build_criterion(
     }
     chosen = resolve("loss_type", loss_type, LOSSES)
     makes_one = isinstance(chosen, type) or (
-        inspect.isroutine(chosen)
-        and next(iter(inspect.signature(chosen).parameters), "") != "query"
+        inspect.isroutine(chosen) and "query" not in inspect.signature(chosen).parameters
     )
     accepted = accepted_arguments(chosen, settings) if makes_one else {}
-    unfit = [name for name in ("learn_temperature", "bidirectional") if settings[name]]
-    unfit = [name for name in unfit if name not in accepted]
-    if unfit or (loss_kwargs and not makes_one):
+    asked = [name for name in ("learn_temperature", "bidirectional") if settings[name]]
+    unfit = [name for name in asked if name not in accepted] + ([] if makes_one else [*loss_kwargs])
+    if unfit:
         raise ConfigError(
-            f"loss_type {loss_type!r} has no {' or '.join([*unfit, *loss_kwargs])}: leave it out, or "
-            "choose a loss that has it"
+            f"loss_type {loss_type!r} has no {' or '.join(unfit)}: leave that out, or choose a loss "
+            "that has it"
         )
     if not makes_one:
         return cast(Criterion, chosen)

@@ -79,7 +79,9 @@ class SimilarityKL(nn.Module):
                         preserve_rng_state=False,
                     )
                     for rows, teacher_rows in zip(
-                        query_BD.split(height), teacher_BD.detach().split(height), strict=True
+                        torch.split(query_BD, height),
+                        torch.split(teacher_BD.detach(), height),
+                        strict=True,
                     )
                 ]
             ).sum()
@@ -90,7 +92,7 @@ class SimilarityKL(nn.Module):
 def _divergence(
     student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], temperature: float
 ) -> Tensor:
-    """KL(teacher || student) of rows over columns, each a pair of unit rows, summed over the rows."""
+    """KL(teacher || student) over columns, summed over rows; each side is (rows, columns)."""
     log_student, log_teacher = (
         functional.log_softmax(rows @ columns.T / temperature, dim=1)
         for rows, columns in (student, teacher)

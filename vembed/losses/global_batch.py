@@ -159,32 +159,37 @@ def _join_ids(notes: Tensor, sizes: list[_Sizes]) -> _Ids:
             positives, ids of its negatives.
         sizes: The rows of each process.
     """
-    queries, counts, documents, is_positive = [], [], [], []
-    for process, block in enumerate(notes.split([size.notes for size in sizes])):
-        size = sizes[process]
-        num_documents = size.positives + size.negatives
-        fits = len(block) == 2 * size.queries + num_documents
-        if not fits or block[size.queries :][: size.queries].sum() != size.positives:
-            raise DataError(
-                "counts_positive must have one entry per query and add up to the positives, and "
-                "ids_query, ids_positive and ids_negative one entry per row. Received on process "
-                f"{process}: {size.queries} queries, {size.positives} positives, {size.negatives} "
-                f"negatives, and {size.notes} ids and counts"
-            )
-        for part, into in zip(
-            block.split([size.queries, size.queries, num_documents]),
-            (queries, counts, documents),
-            strict=True,
-        ):
-            into.append(part)
-        is_positive.append(torch.arange(num_documents) < size.positives)
-    query_Q, document_C = _number_missing(torch.cat(queries)), _number_missing(torch.cat(documents))
+    blocks = torch.split(notes, [size.notes for size in sizes])
+    for process, (block, size) in enumerate(zip(blocks, sizes, strict=True)):
+        _check_notes(block, size, process)
+    parts = [
+        torch.split(block, [size.queries, size.queries, size.positives + size.negatives])
+        for block, size in zip(blocks, sizes, strict=True)
+    ]
+    queries, counts, documents = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
+    query_Q, document_C = _number_missing(queries), _number_missing(documents)
+    is_positive_C = torch.cat(
+        [torch.arange(size.positives + size.negatives) < size.positives for size in sizes]
+    )
     return _Ids(
         query_Q=query_Q,
         document_C=document_C,
-        positive_P=document_C[torch.cat(is_positive)],
-        query_of_positive_P=query_Q.repeat_interleave(torch.cat(counts)),
+        positive_P=document_C[is_positive_C],
+        query_of_positive_P=query_Q.repeat_interleave(counts),
     )
+
+
+def _check_notes(block: Tensor, size: _Sizes, process: int) -> None:
+    counts = block[size.queries : 2 * size.queries]
+    expected = 2 * size.queries + size.positives + size.negatives
+    if size.notes != expected or counts.sum() != size.positives:
+        raise DataError(
+            "counts_positive must have one entry per query and add up to the positives, and "
+            "ids_query, ids_positive and ids_negative must have one entry per row. Received on "
+            f"process {process}: {size.queries} queries, {size.positives} positives, "
+            f"{size.negatives} negatives; {size.notes - expected:+d} ids and counts, which add up "
+            f"to {int(counts.sum())} positives"
+        )
 
 
 def _number_missing(ids: Tensor) -> Tensor:

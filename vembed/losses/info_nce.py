@@ -102,9 +102,9 @@ class InfoNCE(nn.Module):
             others_B = tiled_logsumexp(
                 batch.query_BD,
                 batch.documents_CD,
-                scale,
-                batch.relevant_documents(),
-                self.tile_size,
+                scale=scale,
+                masked=batch.relevant_documents(),
+                tile_size=self.tile_size,
             )
             # log(e^own / (e^own + e^others)), without losing a small loss in the rounding of a log.
             loss_M = -functional.logsigmoid(own_M - others_B[batch.owner_M])
@@ -112,9 +112,9 @@ class InfoNCE(nn.Module):
                 others_M = tiled_logsumexp(
                     batch.positive_MD,
                     batch.gather_queries(),
-                    scale,
-                    batch.relevant_queries(),
-                    self.tile_size,
+                    scale=scale,
+                    masked=batch.relevant_queries(),
+                    tile_size=self.tile_size,
                 )
                 loss_M = (loss_M - functional.logsigmoid(own_M - others_M)) / 2
             return (loss_M * batch.positive_weight_M).sum()

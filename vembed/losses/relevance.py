@@ -60,12 +60,12 @@ class Relevance:
 
     @classmethod
     def identity(cls, first: int, rows: int, columns: int) -> Relevance:
-        """Row `i` is related to column `first + i` only: a row of a batch and itself in all rows."""
+        """Row `i` is related to column `first + i` only: to itself among the rows of all."""
         own = torch.arange(first, first + rows)
         return cls(own, torch.arange(columns), own, own)
 
     def pairs(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Related pairs of some rows: row numbers counted from `rows.start`, and column numbers, ascending."""
+        """Related pairs of some rows: numbers from `rows.start` on, and columns, ascending."""
         keys = self._row_keys[rows]
         found, num_found = self._pairs_of_row.lookup(keys)
         columns, num_columns = self._columns_of_key.lookup(self._pair_columns[found])

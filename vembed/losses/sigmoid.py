@@ -103,10 +103,10 @@ class PairwiseSigmoid(nn.Module):
             others_B = tiled_softplus_sum(
                 batch.query_BD,
                 batch.documents_CD,
-                scale,
-                bias,
-                batch.relevant_documents(),
-                self.tile_size,
+                scale=scale,
+                bias=bias,
+                masked=batch.relevant_documents(),
+                tile_size=self.tile_size,
             )
             matches = -(functional.logsigmoid(own_M) * batch.positive_weight_M).sum()
             return matches + batch.query_weight * others_B.sum()

@@ -11,7 +11,7 @@ from torch.nn import functional
 from vembed.errors import ConfigError
 
 MAX_LOGIT_SCALE = math.log(100)
-"""Upper bound of a learned `logit_scale`: a temperature of 0.01, as in CLIP (Radford et al., 2021, section 2.5)."""
+"""Upper bound of a learned `logit_scale`: temperature 0.01, as in CLIP (Radford et al., 2021)."""
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -20,7 +20,7 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows scaled to length one, in float32, or float64 when they come in it; a zero row stays zero."""
+    """Rows scaled to length one, in float32 or, if they come in it, float64; zero stays zero."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return functional.normalize(wide, dim=-1)
 
@@ -29,7 +29,7 @@ def check_temperature(temperature: float, *, learned: bool = False) -> None:
     """Check that similarities can be divided by `temperature`.
 
     Raises:
-        ConfigError: if it is not above zero or, when it is learned, outside the range it is clamped to.
+        ConfigError: if it is not above zero or, when learned, outside the range it is clamped to.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature: must be above 0. Received: {temperature!r}")

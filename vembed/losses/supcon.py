@@ -69,16 +69,20 @@ class SupervisedContrastive(nn.Module):
             counts = gather_counts(len(query), query.device)
             all_QD, labels_Q = gather_rows(own_BD, counts), gather_rows(labels, counts)
             own = slice(start := sum(counts[: process_index()]), start + len(query))
-            _, class_Q = labels_Q.unique(return_inverse=True)
+            _, class_Q = torch.unique(labels_Q, return_inverse=True)
             partners_Q = class_Q.bincount(minlength=len(all_QD))[class_Q] - 1
 
             scale = similarity_scale(None, self.temperature, own_BD)
             itself = Relevance.identity(first=start, rows=len(query), columns=len(all_QD))
-            total_B = tiled_logsumexp(own_BD, all_QD, scale, itself, self.tile_size)
+            total_B = tiled_logsumexp(
+                own_BD, all_QD, scale=scale, masked=itself, tile_size=self.tile_size
+            )
             # The mean over partners of s(i, p) is the similarity to the mean of the partners.
             class_sums = torch.zeros_like(all_QD).index_add(0, class_Q, all_QD)
             partners_BD = class_sums[class_Q[own]] - own_BD
             mean_B = scale * (own_BD * partners_BD).sum(1) / partners_Q[own].clamp(min=1)
             # Rows without a partner stay in the graph: backward through the gather is collective.
             loss_B = (total_B - mean_B).masked_fill(partners_Q[own] == 0, 0)
-            return loss_B.sum() * process_count() / (partners_Q > 0).sum().clamp(min=1)
+            num_valid = (partners_Q > 0).sum().clamp(min=1)
+            mean: Tensor = loss_B.sum() * (process_count() / num_valid)
+            return mean

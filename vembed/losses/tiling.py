@@ -1,9 +1,8 @@
 """Reductions over the rows of a scaled similarity matrix that is never held as a whole.
 
 The matrix is made a tile at a time, reduced, and made again in backward: memory grows with the
-number of rows plus columns times the width of a tile, not with their product, and the result is exact
-(the running log-sum-exp of Milakov and Gimelshein, 2018; recomputation as in FlashAttention, Dao et
-al., 2022).
+number of rows plus columns, not with their product, and the result is exact (running log-sum-exp:
+Milakov and Gimelshein, 2018; recomputation as in FlashAttention: Dao et al., 2022).
 
 # Shapes: R rows, C columns, D size; r, c the rows and columns of a tile
 """
@@ -12,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -40,7 +40,7 @@ class Reduction(Protocol):
         ...
 
     def weights_(self, scores_rc: Tensor, total_R: Tensor) -> Tensor:
-        """Derivatives `[r, c]` of the results with respect to the scores. May overwrite `scores_rc`."""
+        """Derivatives `[r, c]` of the results by the scores. May overwrite `scores_rc`."""
         ...
 
 
@@ -70,6 +70,7 @@ class _SoftplusSum:
 def tiled_logsumexp(
     rows_RD: Tensor,
     columns_CD: Tensor,
+    *,
     scale: Tensor,
     masked: Relevance,
     tile_size: TileSize = "auto",
@@ -86,25 +87,25 @@ def tiled_logsumexp(
     Returns:
         `[R]`; -inf where every column is masked. Differentiable once, in rows, columns and scale.
     """
-    result: Tensor = _TiledReduction.apply(
-        rows_RD, columns_CD, scale, None, _LogSumExp(), masked, tile_size
-    )
-    return result
+    tiling = _Tiling(_LogSumExp(), masked, tile_size)
+    return tiling.reduce(rows_RD, columns_CD, scale, scale.new_zeros(()))
 
 
 def tiled_softplus_sum(
     rows_RD: Tensor,
     columns_CD: Tensor,
+    *,
     scale: Tensor,
     bias: Tensor,
     masked: Relevance,
     tile_size: TileSize = "auto",
 ) -> Tensor:
-    """`sum_c log(1 + exp(scale * row . column + bias))`; as `tiled_logsumexp`, 0 where all is masked."""
-    result: Tensor = _TiledReduction.apply(
-        rows_RD, columns_CD, scale, bias, _SoftplusSum(), masked, tile_size
-    )
-    return result
+    """`sum_c log(1 + exp(scale * row . column + bias))` over the columns that are not masked.
+
+    As `tiled_logsumexp`, but 0 where every column is masked, and differentiable in `bias` too.
+    """
+    tiling = _Tiling(_SoftplusSum(), masked, tile_size)
+    return tiling.reduce(rows_RD, columns_CD, scale, bias)
 
 
 def check_tile_size(tile_size: TileSize) -> None:
@@ -122,7 +123,7 @@ def check_tile_size(tile_size: TileSize) -> None:
 
 
 def tile_shape(rows: int, columns: int, itemsize: int, tile_size: TileSize) -> tuple[int, int]:
-    """Rows and columns of a tile: square, unless there are too few columns for `auto` to fill it."""
+    """Rows and columns of a tile: square, unless `auto` needs more rows to fill it."""
     if tile_size != "auto":
         return max(1, min(rows, tile_size)), max(1, min(columns, tile_size))
     numbers = TILE_BYTES // itemsize
@@ -130,88 +131,84 @@ def tile_shape(rows: int, columns: int, itemsize: int, tile_size: TileSize) -> t
     return max(1, min(rows, numbers // width)), width
 
 
+@dataclass(frozen=True)
+class _Tiling:
+    """A reduction of `scale * rows @ columns.T + bias`, and how it is cut."""
+
+    reduction: Reduction
+    masked: Relevance
+    tile_size: TileSize
+
+    def reduce(self, rows_RD: Tensor, columns_CD: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        reduced: Tensor = _TiledReduction.apply(  # type: ignore[no-untyped-call]
+            self, rows_RD, columns_CD, scale, bias
+        )
+        return reduced
+
+    def score_tiles(
+        self, rows_RD: Tensor, columns_CD: Tensor, scale: Tensor, bias: Tensor
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """The rows, columns and masked scores of each tile; the next one overwrites the scores."""
+        size = len(rows_RD), len(columns_CD)
+        height, width = tile_shape(*size, rows_RD.element_size(), self.tile_size)
+        # One buffer for all: fresh pages for every tile cost a CPU as much as its arithmetic.
+        buffer = rows_RD.new_empty(height * width)
+        for rows in _slices(len(rows_RD), height):
+            masked_rows, masked_columns = self.masked.pairs(rows)
+            scaled_rD = rows_RD[rows] * scale
+            for columns in _slices(len(columns_CD), width):
+                shape = (rows.stop - rows.start, columns.stop - columns.start)
+                scores = buffer[: math.prod(shape)].view(shape)
+                torch.addmm(bias, scaled_rD, columns_CD[columns].T, out=scores)
+                first, last = torch.searchsorted(
+                    masked_columns, torch.tensor([columns.start, columns.stop])
+                ).tolist()
+                index = masked_rows[first:last], masked_columns[first:last] - columns.start
+                scores[tuple(i.to(scores.device, non_blocking=True) for i in index)] = -math.inf
+                yield rows, columns, scores
+
+
 class _TiledReduction(torch.autograd.Function):
-    """A `Reduction` of the rows of `scale * rows @ columns.T + bias`, recomputed in backward."""
+    """Keeps the reduced rows only, and makes the scores again in backward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        rows_RD: Tensor,
-        columns_CD: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        reduction: Reduction,
-        masked: Relevance,
-        tile_size: TileSize,
-    ) -> Tensor:
-        total_R = rows_RD.new_full((len(rows_RD),), reduction.empty)
-        for rows, _, scores in _score_tiles(rows_RD, columns_CD, scale, bias, masked, tile_size):
-            total_R[rows] = reduction.fold(total_R[rows], scores)
-        ctx.save_for_backward(rows_RD, columns_CD, scale, bias, total_R)
-        ctx.reduction, ctx.masked, ctx.tile_size = reduction, masked, tile_size
+    def forward(ctx: Any, tiling: _Tiling, *factors: Tensor) -> Tensor:
+        rows_RD = factors[0]
+        total_R = rows_RD.new_full((len(rows_RD),), tiling.reduction.empty)
+        for rows, _, scores in tiling.score_tiles(*factors):
+            total_R[rows] = tiling.reduction.fold(total_R[rows], scores)
+        ctx.save_for_backward(*factors, total_R)
+        ctx.tiling = tiling
         return total_R
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_R: Tensor) -> tuple[Tensor | None, ...]:
-        rows_RD, columns_CD, scale, bias, total_R = ctx.saved_tensors
-        needs_rows, needs_columns, needs_scale, needs_bias = ctx.needs_input_grad[:4]
-        grad_rows = torch.zeros_like(rows_RD) if needs_rows or needs_scale else None
-        grad_columns = torch.zeros_like(columns_CD) if needs_columns else None
-        grad_bias = torch.zeros_like(bias) if needs_bias else None
+        *factors, total_R = ctx.saved_tensors
+        rows_RD, columns_CD, scale, bias = factors
+        needs_rows, needs_columns, needs_scale, needs_bias = ctx.needs_input_grad[1:]
+        grad_rows, grad_columns = torch.zeros_like(rows_RD), torch.zeros_like(columns_CD)
+        grad_bias = torch.zeros_like(bias)
         # Backward may be called inside autocast, which would lower these products too.
         with full_precision(rows_RD.device):
-            for rows, columns, scores in _score_tiles(
-                rows_RD, columns_CD, scale, bias, ctx.masked, ctx.tile_size
-            ):
-                weights = ctx.reduction.weights_(scores, total_R[rows]).mul_(grad_R[rows, None])
-                if grad_rows is not None:
+            for rows, columns, scores in ctx.tiling.score_tiles(*factors):
+                weights = ctx.tiling.reduction.weights_(scores, total_R[rows])
+                weights.mul_(grad_R[rows, None])
+                if needs_rows or needs_scale:
                     grad_rows[rows].addmm_(weights, columns_CD[columns])
-                if grad_columns is not None:
+                if needs_columns:
                     grad_columns[columns].addmm_(weights.T, rows_RD[rows])
-                if grad_bias is not None:
+                if needs_bias:
                     grad_bias += weights.sum()
-        # sum of weight * similarity, without another pass: similarity is row . column.
+        # The sum of weight * similarity needs no pass of its own: similarity is row . column.
         grad_scale = (rows_RD * grad_rows).sum() if needs_scale else None
         return (
-            grad_rows.mul_(scale) if needs_rows and grad_rows is not None else None,
-            None if grad_columns is None else grad_columns.mul_(scale),
+            None,
+            grad_rows.mul_(scale) if needs_rows else None,
+            grad_columns.mul_(scale) if needs_columns else None,
             grad_scale,
-            grad_bias,
-            None,
-            None,
-            None,
+            grad_bias if needs_bias else None,
         )
-
-
-def _score_tiles(
-    rows_RD: Tensor,
-    columns_CD: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    masked: Relevance,
-    tile_size: TileSize,
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """The rows, the columns and the masked scores of each tile; the next tile overwrites the scores."""
-    num_rows, num_columns = len(rows_RD), len(columns_CD)
-    height, width = tile_shape(num_rows, num_columns, rows_RD.element_size(), tile_size)
-    # One buffer for all tiles: to get fresh pages for each costs the CPU as much as its arithmetic.
-    buffer = rows_RD.new_empty(height * width)
-    for rows in _slices(num_rows, height):
-        masked_rows, masked_columns = masked.pairs(rows)
-        scaled_rD = rows_RD[rows] * scale
-        for columns in _slices(num_columns, width):
-            shape = (rows.stop - rows.start, columns.stop - columns.start)
-            scores = buffer[: math.prod(shape)].view(shape)
-            torch.mm(scaled_rD, columns_CD[columns].T, out=scores)
-            if bias is not None:
-                scores += bias
-            first, last = torch.searchsorted(
-                masked_columns, torch.tensor([columns.start, columns.stop])
-            ).tolist()
-            index = (masked_rows[first:last], masked_columns[first:last] - columns.start)
-            scores[tuple(i.to(scores.device, non_blocking=True) for i in index)] = -math.inf
-            yield rows, columns, scores
 
 
 def _slices(size: int, step: int) -> Iterator[slice]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
-from tokenizers import normalizers, processors
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
 from vembed.errors import ConfigError, DataError
@@ -132,14 +133,42 @@ def append_end_token(tokenizer: Any) -> None:
             "choose another pooling_method"
         )
     backend = tokenizer.backend_tokenizer
-    eos = tokenizer.eos_token
-    template = processors.TemplateProcessing(
-        single=f"$A {eos}",
-        pair=f"$A {eos} $B:1 {eos}:1",
-        special_tokens=[(eos, tokenizer.eos_token_id)],
+    whole = json.loads(backend.to_str())
+    whole["post_processor"] = _with_end_token(
+        whole["post_processor"], tokenizer.eos_token, tokenizer.eos_token_id
     )
-    before = [backend.post_processor] if backend.post_processor is not None else []
-    backend.post_processor = processors.Sequence([*before, template])
+    backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
+
+
+def _with_end_token(old: dict[str, Any] | None, token: str, token_id: int) -> dict[str, Any]:
+    """The JSON form of a post-processor that also appends `token`.
+
+    A second template behind an existing one would take the tokens that the first put in for a sequence of their own, so
+    an existing one is extended.
+    """
+    end = {"SpecialToken": {"id": token, "type_id": 0}}
+    entry = {token: {"id": token, "ids": [token_id], "tokens": [token]}}
+    if old is None:
+        first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+        return {
+            "type": "TemplateProcessing",
+            "single": [first, end],
+            "pair": [first, end, second, end],
+            "special_tokens": entry,
+        }
+    if old["type"] == "TemplateProcessing":
+        return old | {
+            "single": [*old["single"], end],
+            "pair": [*old["pair"], end],
+            "special_tokens": old["special_tokens"] | entry,
+        }
+    steps = old["processors"] if old["type"] == "Sequence" else [old]
+    others = [step for step in steps if step["type"] != "TemplateProcessing"]
+    template = next((step for step in steps if step["type"] == "TemplateProcessing"), None)
+    return {
+        "type": "Sequence",
+        "processors": [*others, _with_end_token(template, token, token_id)],
+    }
 
 
 def lower_case(tokenizer: Any) -> None:

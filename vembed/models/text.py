@@ -177,9 +177,9 @@ def load_text_encoder(
     pooling = _choose(pooling_method, stored.pooling_method, "last_token" if causal else "mean")
     _check_pooling(pooling.value, causal, backbone.config.model_type)
     # A checkpoint that declares last-token pooling itself was trained with its tokenizer as it is.
-    if pooling.value == "last_token" and pooling.origin != _CHECKPOINT:
-        if not ends_with_special_token(tokenizer):
-            append_end_token(tokenizer)
+    lacks_end = pooling.origin != _CHECKPOINT and not ends_with_special_token(tokenizer)
+    if pooling.value == "last_token" and lacks_end:
+        append_end_token(tokenizer)
     chosen = {
         "pooling_method": pooling,
         "normalize": _choose(normalize, stored.normalize, True),
@@ -300,6 +300,10 @@ def _load_tokenizer(stored: CheckpointSettings, trust: bool) -> Any:
         raise CheckpointError(
             f"{stored.backbone_folder}: the tokenizer cannot be read ({error})"
         ) from error
+    # Without its files, transformers makes an empty tokenizer of the model's class: all text would be unknown.
+    names = tokenizer.vocab_files_names.values()
+    if names and not any((stored.backbone_folder / name).is_file() for name in names):
+        raise CheckpointError(f"{stored.backbone_folder}: no tokenizer (none of {', '.join(names)})")
     if stored.do_lower_case:
         lower_case(tokenizer)
     if tokenizer.pad_token is None:

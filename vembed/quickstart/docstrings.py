@@ -1,4 +1,4 @@
-"""Read the documented public API of installed packages from their source files, without importing them."""
+"""Read the documented public API of installed packages from their sources, without importing them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,17 @@ from vembed.errors import ConfigError
 STANDARD_LIBRARY = "python"
 """Stands for the standard library where a package is named."""
 
-_SKIPPED_PARTS = frozenset(
-    "test tests _tests testing test_utils testing_utils conftest idlelib lib2to3 distutils ensurepip tkinter turtledemo pydoc_data "
-    "site-packages dist-packages _vendor vendor vendored _distutils_hack externals examples deprecated v1 __pycache__".split()
-)
-# transformers writes modular_x.py and generates modeling_x.py from it: one of the two is enough.
-_SKIPPED_STEMS = ("test_", "modular_", "convert_")
+# Folders and modules that hold no public API, or that not every distribution of Python has.
+_SKIPPED_NAMES = frozenset({
+    *("test", "tests", "_tests", "testing", "test_utils", "testing_utils", "conftest", "examples"),
+    *("idlelib", "lib2to3", "distutils", "ensurepip", "tkinter", "turtledemo", "pydoc_data"),
+    *("_vendor", "vendor", "vendored", "_distutils_hack", "externals", "deprecated", "v1"),
+})  # fmt: skip
+# transformers generates modeling_x.py from modular_x.py: one of the two is enough.
+_SKIPPED_PREFIXES = ("test_", "modular_", "convert_")
+
+_Function = ast.FunctionDef | ast.AsyncFunctionDef
+_Definition = ast.ClassDef | _Function
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class DocumentedObject:
 
     Attributes:
         name: Name to import it by, such as `numpy.linalg.norm`.
-        signature: Arguments as they are written in the source, such as `(x, ord=None)`; empty for a module or property.
+        signature: Arguments as the source has them, such as `(x, ord=None)`; empty for a module,
+            a property, or a class without `__init__`.
         docstring: Its docstring without indentation.
     """
 
@@ -40,20 +46,25 @@ class DocumentedObject:
 
 
 def read_package(package: str, *, max_objects: int) -> list[DocumentedObject]:
-    """Read the documented public objects of a package, or of the standard library (`STANDARD_LIBRARY`).
+    """Read the documented public objects of a package, or of the standard library.
 
-    A package with more than `max_objects` is sampled by file, in an order that depends on nothing but the file names.
+    A package with more than `max_objects` is sampled by file, in an order that depends on nothing
+    but the file names.
+
+    Args:
+        package: Import name, or `STANDARD_LIBRARY`.
+        max_objects: Most objects to return.
 
     Raises:
         ConfigError: if the package is not installed.
     """
     root, prefix = _locate(package)
     exports = _Exports.of(root, prefix)
-    files = [f for f in root.rglob("*.py") if _is_product_code(f.relative_to(root))]
-    relative = {f: f.relative_to(root).as_posix() for f in files}
+    files = (file.relative_to(root) for file in root.rglob("*.py"))
+    paths = [file.as_posix() for file in files if _is_product_code(file)]
     objects: list[DocumentedObject] = []
-    for file in sorted(files, key=lambda f: stable_hash(relative[f])):
-        objects += _read_file(file, _module_name(relative[file], prefix), exports)
+    for path in sorted(paths, key=stable_hash):
+        objects += _read_file(root / path, _module_name(path, prefix), exports)
         if len(objects) >= max_objects:
             break
     return objects[:max_objects]
@@ -65,27 +76,29 @@ def stable_hash(text: str) -> int:
 
 
 def _locate(package: str) -> tuple[Path, str]:
-    """The folder of a package and the name that its modules start with."""
+    """The folder of a package, and the name that its modules start with."""
     if package == STANDARD_LIBRARY:
         return Path(sysconfig.get_path("stdlib")), ""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"quickstart: builds its data from the docstrings of installed packages, and {package!r} is not installed. "
-            "Install what it needs: pip install 'vembed[quickstart]'"
+            f"quickstart: makes its data from installed packages, and {package!r} is not "
+            "installed. Install all that it needs: pip install 'vembed[quickstart]'"
         )
     return Path(spec.submodule_search_locations[0]), package
 
 
 def _is_product_code(file: Path) -> bool:
-    parts = (*file.parts[:-1], file.stem)
-    if file.stem.startswith(_SKIPPED_STEMS) or file.stem.endswith("_test"):
+    """Whether a file, relative to the package, is a module of it; not tests, not another's code."""
+    names = (*file.parts[:-1], file.stem)
+    if file.stem.startswith(_SKIPPED_PREFIXES) or file.stem.endswith("_test"):
         return False
-    return not any(part in _SKIPPED_PARTS or not part.isidentifier() for part in parts)
+    # site-packages, which may lie inside the standard library, is no identifier.
+    return all(name.isidentifier() and name not in _SKIPPED_NAMES for name in names)
 
 
-def _module_name(relative: str, prefix: str) -> str:
-    parts = relative.removesuffix(".py").split("/")
+def _module_name(path: str, prefix: str) -> str:
+    parts = path.removesuffix(".py").split("/")
     if parts[-1] == "__init__":
         parts.pop()
     return ".".join([prefix, *parts] if prefix else parts)
@@ -99,56 +112,48 @@ def _read_file(file: Path, module: str, exports: _Exports) -> Iterator[Documente
     if docstring and not _is_private(module):
         yield DocumentedObject(module, "", docstring)
     for node in tree.body:
-        if not isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            continue
-        name = exports.public_name(module, node.name, tree)
-        if name is not None:
-            yield from _read_definition(node, name)
+        if isinstance(node, _Definition):
+            name = exports.public_name(module, node.name, tree)
+            if name is not None:
+                yield from _read_definition(node, name)
 
 
-def _read_definition(
-    node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str
-) -> Iterator[DocumentedObject]:
+def _read_definition(node: _Definition, name: str) -> Iterator[DocumentedObject]:
     docstring = ast.get_docstring(node)
     if docstring:
         yield DocumentedObject(name, _signature(node), docstring)
     if isinstance(node, ast.ClassDef):
         for member in node.body:
-            is_method = isinstance(member, (ast.FunctionDef, ast.AsyncFunctionDef))
-            if is_method and not member.name.startswith("_"):
+            if isinstance(member, _Function) and not member.name.startswith("_"):
                 yield from _read_definition(member, f"{name}.{member.name}")
 
 
 def _parse(file: Path) -> ast.Module | None:
-    """The syntax tree, or None for a file of another Python version (templates, Python 2 fixtures)."""
+    """The syntax tree; None for a file that is not of this Python's language, as templates are."""
     try:
         with warnings.catch_warnings():
-            # Invalid escapes in other people's strings are no concern of the reader's.
+            # Invalid escapes in other people's strings are no concern of ours.
             warnings.simplefilter("ignore")
             return ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):
         return None
 
 
-def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+def _signature(node: _Definition) -> str:
     if isinstance(node, ast.ClassDef):
-        inits = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        inits = [n for n in node.body if isinstance(n, _Function) and n.name == "__init__"]
         return _arguments(inits[0]) if inits else ""
-    if any(_decorator_name(d).endswith("property") for d in node.decorator_list):
+    if any(ast.unparse(decorator).endswith("property") for decorator in node.decorator_list):
         return ""
     return _arguments(node)
 
 
-def _arguments(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+def _arguments(function: _Function) -> str:
     names = [a.arg for a in function.args.posonlyargs + function.args.args]
     written = ast.unparse(function.args)
     if names and names[0] in ("self", "cls"):
         written = written.removeprefix(names[0]).removeprefix(", /").removeprefix(", ")
     return f"({written})"
-
-
-def _decorator_name(decorator: ast.expr) -> str:
-    return ast.unparse(decorator.func if isinstance(decorator, ast.Call) else decorator)
 
 
 def _is_private(module: str) -> bool:
@@ -157,14 +162,14 @@ def _is_private(module: str) -> bool:
 
 @dataclass
 class _Exports:
-    """What the `__init__.py` files of a package re-export from its private modules.
+    """What the public `__init__.py` files of a package import from its private modules.
 
-    The functions of numpy, scipy or scikit-learn are written in private modules and imported into public packages:
+    The functions of numpy, scipy or scikit-learn are written in private modules and re-exported:
     `numpy._core.fromnumeric.sum` is documented, and known to everybody, as `numpy.sum`.
 
     Attributes:
         names: (module, name in it) to public name.
-        stars: Module whose names are all imported, to the public package that imports it.
+        stars: Module from which all names are imported, to the public package that does so.
     """
 
     names: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -174,9 +179,10 @@ class _Exports:
     def of(cls, root: Path, prefix: str) -> _Exports:
         exports = cls()
         for file in sorted(root.rglob("__init__.py")):
-            relative = file.relative_to(root)
-            package = _module_name(relative.as_posix(), prefix)
-            if _is_product_code(relative.parent / "x.py") and not _is_private(package):
+            path = file.relative_to(root)
+            package = _module_name(path.as_posix(), prefix)
+            # The name of the file itself is none of a module's; that of its folder is.
+            if not _is_private(package) and _is_product_code(path.with_name("module")):
                 tree = _parse(file)
                 for node in tree.body if tree else ():
                     if isinstance(node, ast.ImportFrom):
@@ -184,42 +190,41 @@ class _Exports:
         return exports
 
     def _add(self, package: str, node: ast.ImportFrom) -> None:
-        base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+        parents = package.split(".")
+        base = parents[: len(parents) - node.level + 1] if node.level else []
         source = ".".join([*base, *([node.module] if node.module else [])])
         if not _is_private(source):
             return
         for alias in node.names:
-            public = f"{package}.{alias.asname or alias.name}"
             if alias.name == "*":
                 self.stars.setdefault(source, package)
-            elif not alias.name.startswith("_"):
+            else:
+                public = f"{package}.{alias.asname or alias.name}"
                 self.names.setdefault((source, alias.name), public)
 
     def public_name(self, module: str, name: str, tree: ast.Module) -> str | None:
-        """The name by which users import `name`, defined in `module`; None when it is private."""
+        """The name by which users know `name`, defined in `module`; None when it is private."""
         if name.startswith("_"):
             return None
         if not _is_private(module):
             return f"{module}.{name}"
-        ancestor = module
-        while ancestor:
-            if (ancestor, name) in self.names:
-                return self.names[ancestor, name]
-            ancestor = ancestor.rpartition(".")[0]
+        source = module
+        while source:
+            if (source, name) in self.names:
+                return self.names[source, name]
+            source = source.rpartition(".")[0]
         if module in self.stars and name in _declared_names(tree):
             return f"{self.stars[module]}.{name}"
         return None
 
 
-def _declared_names(tree: ast.Module) -> frozenset[str]:
-    """The strings of a literal `__all__`."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets
-        ):
-            return frozenset(
-                c.value
-                for c in ast.walk(node.value)
-                if isinstance(c, ast.Constant) and isinstance(c.value, str)
-            )
-    return frozenset()
+def _declared_names(tree: ast.Module) -> set[str]:
+    """The strings of the `__all__` of a module."""
+    return {
+        constant.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(isinstance(t, ast.Name) and t.id == "__all__" for t in node.targets)
+        for constant in ast.walk(node.value)
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str)
+    }

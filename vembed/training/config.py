@@ -121,10 +121,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(problem_list([message]))
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Shows `--lr VALUE`: only argparse takes the value for optional, so that we report it."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if action.const is None and action.metavar is not None:
+            return str(action.metavar)
+        return super()._format_args(action, default_metavar)
+
+
 def _build_parser(prog: str | None) -> argparse.ArgumentParser:
     """A parser with one flag for each setting, generated from `TrainConfig`."""
     parser = _Parser(
         prog=prog,
+        usage="%(prog)s --config FILE [--config_override KEY=VALUE ...] [--KEY VALUE ...]",
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Fine-tune an embedding model. Later sources win: defaults, --config, "
@@ -136,7 +147,7 @@ def _build_parser(prog: str | None) -> argparse.ArgumentParser:
     one("--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument(
         "--config_override",
-        metavar="KEY=VALUE",
+        metavar="KEY=VALUE ...",
         nargs="*",
         action="append",
         help="settings that win over the file's; several, and the flag may be repeated",

@@ -45,10 +45,11 @@ def started_processes() -> int:
 def _complaint(asked: int, source: str, running: int) -> str:
     counts = f"{asked} {'process was' if asked == 1 else 'processes were'} asked for ({source})"
     runs = "1 process runs" if running == 1 else f"{running} processes run"
+    several = " --multi_gpu" if asked > 1 else ""
     return (
-        f"{counts}, but {runs}. Start them with `vembed train --num_processes {asked} ...` or "
-        f"`accelerate launch --num_processes {asked} vembed/entrypoints/train.py ...`; note that "
-        "with --cpu, accelerate launch starts one process whatever the number"
+        f"{counts}, but {runs}. Start with `vembed train --num_processes {asked} ...`, or with "
+        f"`accelerate launch{several} --num_processes {asked} vembed/entrypoints/train.py ...`"
+        f"{several and ' (on CPUs too: without --multi_gpu, accelerate starts one process there)'}"
     )
 
 

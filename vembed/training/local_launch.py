@@ -51,7 +51,7 @@ def run_processes(command: Sequence[str], count: int) -> int:
 
 
 def follow_launcher() -> None:
-    """In a process started by `run_processes`: end when the launcher dies without a word (Linux)."""
+    """In a process started by `run_processes`: end if the launcher dies without a word (Linux)."""
     launcher = os.environ.get(_LAUNCHER_PID)
     if launcher is None or sys.platform != "linux":
         return

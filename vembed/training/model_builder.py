@@ -15,7 +15,7 @@ from vembed.errors import ConfigError
 from vembed.models import load_encoder
 
 if TYPE_CHECKING:
-    from vembed.models import Encoder
+    from vembed.models.protocol import Encoder
 
 logger = logging.getLogger(__name__)
 

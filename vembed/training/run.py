@@ -17,7 +17,8 @@ from vembed.config import TrainConfig, check
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import build_criterion, build_distillation_loss, check_row_fields
-from vembed.models import Encoder, load_encoder
+from vembed.models import load_encoder
+from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode, all_modes
 from vembed.training.config import save_config
 from vembed.training.console import configure_logging

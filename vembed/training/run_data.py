@@ -20,7 +20,7 @@ from vembed.data import (
     split_holdout,
 )
 from vembed.evaluation import EvalTask, load_eval_task, task_from_records
-from vembed.models import Encoder
+from vembed.models.protocol import Encoder
 from vembed.training.data_utils import ROLES, TEACHER_PREFIX
 
 Rows = RecordDataset | StreamingRecordDataset
@@ -100,7 +100,7 @@ def build_train_loader(
         process_count=accelerator.num_processes,
         num_workers=config.num_workers,
         drop_last=config.drop_last,
-        shuffle=True,
+        shuffle_buffer_size=config.shuffle_buffer_size,
     )
 
 

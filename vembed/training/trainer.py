@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from vembed.config import TrainConfig
+from vembed.data import RecordLoader
 from vembed.distributed import reduce_gradients
 from vembed.errors import ConfigError
 from vembed.training.data_utils import (
@@ -124,7 +125,7 @@ class Trainer:
         accelerator = self.accelerator
         self.model = accelerator.prepare(self.model)
         self.optimizer = accelerator.prepare(self.optimizer)
-        if accelerator.num_processes > 1 and not _is_sharded(self.dataloader):
+        if accelerator.num_processes > 1 and not isinstance(self.dataloader, RecordLoader):
             self.dataloader = accelerator.prepare(self.dataloader)
         if self.teacher_model is not None:
             self.teacher_model.requires_grad_(False).eval().to(accelerator.device)
@@ -303,8 +304,3 @@ def _check_optimizer_covers(
                 f"the optimizer does not hold {missing} trainable parameters of the {what}; "
                 "build it with build_optimizer(model, config, criterion)"
             )
-
-
-def _is_sharded(dataloader: Iterable[Batch]) -> bool:
-    """Whether the dataloader gives each process its own share already, as vembed's do."""
-    return hasattr(getattr(dataloader, "batch_sampler", None), "process_count")

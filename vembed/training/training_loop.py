@@ -142,12 +142,10 @@ def _step_groups(trainer: Trainer, plan: StepPlan, state: TrainState) -> Iterato
 
 
 def _set_epoch(dataloader: Any, epoch: int) -> None:
-    """Tell whatever orders the rows which epoch it is; a user's own dataloader may not care."""
-    for part in (dataloader, *(getattr(dataloader, n, None) for n in ("batch_sampler", "dataset"))):
-        set_epoch = getattr(part, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-            return
+    """Tell the dataloader which epoch it is; a user's own may have no use for it."""
+    set_epoch = getattr(dataloader, "set_epoch", None)
+    if set_epoch is not None:
+        set_epoch(epoch)
 
 
 def _count_rows(group: list[Batch]) -> int:

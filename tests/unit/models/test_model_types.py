@@ -44,7 +44,6 @@ OWN_SIZES = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 140},
     "exaone4": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
     "ministral": {"sliding_window": 16},
-    "mpnet": {"relative_attention_num_buckets": 8},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "rembert": {"input_embedding_size": 16, "output_embedding_size": 16},
     "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4},

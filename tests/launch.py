@@ -1,0 +1,113 @@
+"""Run a function on several processes of one gloo group, and get what each of them returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class ChildFailed(RuntimeError):
+    """A process raised, died or took too long. The message ends with its traceback, if it has one."""
+
+
+def run_on_processes(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 120) -> list[Any]:
+    """Call `fn(*args)` on `n` processes of one gloo group and return the results by process.
+
+    Each process has the environment of a launcher (RANK, WORLD_SIZE, MASTER_ADDR ...), so that an
+    Accelerator works in it, and one thread. Whatever happens, no process is left behind.
+
+    Args:
+        fn: A function at the top level of a module. Its result travels by pickle.
+        n: Number of processes.
+        *args: Arguments of `fn`, the same for every process.
+        timeout: Seconds for all of it.
+
+    Raises:
+        ChildFailed: if a process fails or time is up.
+    """
+    # Port 0 lets the system choose: no other program can take the port in between.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context(_start_method())
+    processes, pipes = [], []
+    for rank in range(n):
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_child, args=(sender, rank, n, store.port, fn, args), daemon=True
+        )
+        process.start()
+        sender.close()
+        processes.append(process)
+        pipes.append(receiver)
+    try:
+        return _collect(pipes, time.monotonic() + timeout, timeout)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _start_method() -> str:
+    """`fork` spares the imports, but is unsafe beside CUDA and beside threads that do work."""
+    busy = [t for t in threading.enumerate() if not t.daemon and t is not threading.main_thread()]
+    safe = sys.platform == "linux" and not torch.cuda.is_available() and not busy
+    return "fork" if safe else "spawn"
+
+
+def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[Any]:
+    results: dict[Connection, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for pipe in pipes if pipe not in results]
+        ready = wait(waiting, max(0, deadline - time.monotonic()))
+        if not ready:
+            ranks = [pipes.index(pipe) for pipe in waiting]
+            raise ChildFailed(f"processes {ranks} did not finish within {timeout} s")
+        for pipe in ready:
+            rank = pipes.index(pipe)
+            try:
+                succeeded, outcome = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                raise ChildFailed(f"process {rank} died without a word") from None
+            if not succeeded:
+                raise ChildFailed(f"process {rank} failed:\n{outcome}")
+            results[pipe] = outcome
+    return [results[pipe] for pipe in pipes]
+
+
+def _child(
+    pipe: Connection, rank: int, n: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(n),
+        LOCAL_WORLD_SIZE=str(n),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        GLOO_SOCKET_IFNAME="lo",
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the store is the parent's; no process starts one
+        ACCELERATE_USE_CPU="true",
+    )
+    # The threads that OpenMP had before a fork are gone after it; with one, it asks for none.
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", rank=rank, world_size=n)
+        outcome = True, fn(*args)
+    except BaseException:
+        outcome = False, traceback.format_exc()
+    # Plain pickle: torch's own would share memory that goes away with this process.
+    pipe.send_bytes(pickle.dumps(outcome))
+    if outcome[0]:
+        # One that leaves early takes its connections with it, while others may still need them.
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,116 @@
+"""`vembed check`: settings and all data, shown before hours are spent on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from vembed.config import RUN_REQUIRES, TrainConfig
+from vembed.training.config import load_and_parse_config
+
+if TYPE_CHECKING:
+    from vembed.data import Finding, Inspection, LengthSummary
+    from vembed.training.check import CheckResult
+
+_BAR_WIDTH = 40
+
+
+def main(argv: list[str]) -> int:
+    """Check settings and data, take one step, write nothing.
+
+    Raises:
+        ConfigError: listing all problems of the settings.
+        DataError: about the first row that cannot be used, and how many more there are.
+    """
+    config = load_and_parse_config(argv, required=RUN_REQUIRES, prog="vembed check")
+    result = _run(config)
+    console = Console()
+    console.print(_facts(result))
+    if result.inspection is not None:
+        console.print(_lengths(result.inspection), _findings(result.inspection))
+    console.print(_sample(result))
+    console.print(
+        f"One step: loss {result.loss:.4f}, gradient norm {result.grad_norm:.4f}, "
+        f"{result.step_seconds:.1f} s. Nothing was written; `vembed train` can start."
+    )
+    return 0
+
+
+def _run(config: TrainConfig) -> CheckResult:
+    # After the settings are checked, because it imports torch.
+    from vembed.training.check import check_run
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+
+        def show(stage: str, share: float | None) -> None:
+            total = None if share is None else 1.0
+            progress.update(task, description=stage, total=total, completed=share or 0.0)
+
+        return check_run(config, show)
+
+
+def _facts(result: CheckResult) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    for name, fact in result.facts.items():
+        grid.add_row(Text(name, "bold"), Text(fact))
+    return grid
+
+
+def _lengths(inspection: Inspection) -> RenderableType:
+    parts: list[RenderableType] = []
+    for role, summary in inspection.lengths.items():
+        at = ", ".join(f"{p} % up to {length:,}" for p, length in summary.percentiles.items())
+        parts.append(Text(f"\n{role}: {summary.count:,} texts; tokens: {at}", "bold"))
+        parts.append(_histogram(summary))
+        share = summary.truncated / summary.count
+        cut = f"{summary.truncated:,} ({share:.1%}) are cut at {summary.max_seq_length:,} tokens"
+        parts.append(Text(cut, "yellow" if summary.truncated else "green"))
+    return Group(*parts)
+
+
+def _histogram(summary: LengthSummary) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(justify="right")
+    most = max(summary.bin_counts)
+    bounds = zip(summary.bin_edges, summary.bin_edges[1:], strict=False)
+    for (low, high), count in zip(bounds, summary.bin_counts, strict=True):
+        bar = "█" * -(-count * _BAR_WIDTH // most)
+        grid.add_row(f"{low:,} to {high - 1:,}", bar, f"{count:,}")
+    return grid
+
+
+def _findings(inspection: Inspection) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("")
+    for name, finding in (
+        ("rows that are there twice", inspection.duplicate_rows),
+        ("queries that are there twice", inspection.repeated_queries),
+        ("positives that are there twice", inspection.repeated_positives),
+        ("queries that are their own positive", inspection.own_positive),
+        ("positives that are negatives of the same row", inspection.positive_as_negative),
+    ):
+        grid.add_row(name, _finding(finding))
+    return grid
+
+
+def _finding(finding: Finding) -> Text:
+    if not finding.count:
+        return Text("none", "green")
+    return Text(f"{finding.count:,}, the first at {finding.first}", "yellow")
+
+
+def _sample(result: CheckResult) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text("\nfirst row, as the model sees it", "bold"))
+    table = Table.grid(padding=(0, 2))
+    for text in result.sample:
+        table.add_row(Text(text.role, "bold"), f"{text.tokens} tokens", Text(text.text))
+    grid.add_row(table)
+    return grid

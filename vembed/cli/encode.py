@@ -1,0 +1,174 @@
+"""`vembed encode`: the rows of a file to vectors in a .npy file, with their ids beside it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vembed.cli.terminal import progress_bar
+from vembed.errors import ConfigError, DataError
+
+ID_COLUMNS = ("_id", "id")
+"""Columns that name a row unless `--id_column` does."""
+
+# Rows read, encoded and written at a time: what is held in memory does not grow with the file.
+_WINDOW_ROWS = 8192
+
+
+class TextRow(NamedTuple):
+    """One text to encode and what names it."""
+
+    identifier: str
+    text: str
+
+
+def main(argv: list[str]) -> int:
+    """Encode a file; prints where the vectors are.
+
+    Raises:
+        ConfigError: if the model or an option does not fit.
+        DataError: if the file or a row cannot be used.
+    """
+    arguments = _parser().parse_args(argv)
+    output = Path(arguments.output)
+    if output.suffix != ".npy":
+        raise ConfigError(f"--output: expected a name that ends in .npy. Received: {str(output)!r}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"--output: there is no folder {str(output.parent)!r}")
+    # All rows once before the model is loaded: a broken row shows in seconds, not after hours.
+    ids_path = output.with_suffix(".ids.txt")
+    with _replacing(ids_path) as ids_part, _replacing(output) as vectors_part:
+        count = _write_ids(_read_rows(arguments), ids_part, arguments.data)
+        shape = _write_vectors(_read_rows(arguments), vectors_part, count, arguments)
+    sys.stdout.write(f"{output}: {shape[0]:,} x {shape[1]} float32; ids: {ids_path}\n")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vembed encode",
+        allow_abbrev=False,
+        description="Turn texts into vectors. Row k of the .npy belongs to line k of the ids.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder, package:NAME[/subdir] or hub id")
+    add("--data", required=True, help=".jsonl, .csv, .tsv, .parquet, or .txt with a text per line")
+    add("--output", required=True, help="file to write, .npy; the ids go to .ids.txt beside it")
+    add("--column", default="text", help="column that holds the text (default: text)")
+    add("--id_column", help=f"column that names the row (default: {' or '.join(ID_COLUMNS)}, "
+        "else the line number)")  # fmt: skip
+    add("--role", choices=["query", "document"], help="use the model's prompt for this role")
+    add("--prompt", help="text put before every text, instead of the role's; '' for none")
+    add("--normalize", action=argparse.BooleanOptionalAction, default=None,
+        help="unit length or not (default: as the model was made)")  # fmt: skip
+    add("--batch_size", type=int, help="most texts in a forward pass; their length decides else")
+    add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
+    return parser
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, which becomes `path` at the end, or is removed after a failure."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _read_rows(arguments: argparse.Namespace) -> Iterator[TextRow]:
+    if arguments.data.endswith(".txt"):
+        return _read_lines(Path(arguments.data))
+    return _read_table(arguments.data, arguments.column, arguments.id_column)
+
+
+def _read_lines(path: Path) -> Iterator[TextRow]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                text = line.decode("utf-8").strip()
+                if text:
+                    yield TextRow(str(number), text)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 text. Save it as UTF-8") from error
+
+
+def _read_table(path: str, column: str, id_column: str | None) -> Iterator[TextRow]:
+    from vembed.data.problems import RowProblem
+    from vembed.data.sources import find_source
+
+    source = find_source(path, split="train", own_split=False, streaming=False)
+    for line, values, _ in source.read():
+        where = f"{source.path}:{line}"
+        if isinstance(values, RowProblem):
+            raise DataError(values.describe_at(where))
+        text = _cell(values, column, where, "--column")
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{where}: {column}: expected a text. Received: {text!r}")
+        name = id_column or next((c for c in ID_COLUMNS if c in values), None)
+        identifier = str(line if name is None else _cell(values, name, where, "--id_column"))
+        if len(identifier.splitlines()) != 1:
+            raise DataError(
+                f"{where}: {name}: expected an id in one line. Received: {identifier!r}"
+            )
+        yield TextRow(identifier, text)
+
+
+def _cell(values: Any, column: str, where: str, option: str) -> Any:
+    if column not in values:
+        columns = ", ".join(map(str, values))
+        raise DataError(
+            f"{where}: no column {column!r}. Columns: {columns}. Name one with {option}"
+        )
+    return values[column]
+
+
+def _write_ids(rows: Iterator[TextRow], path: Path, data: str) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(row.identifier + "\n")
+            count += 1
+    if not count:
+        raise DataError(f"{data}: no text in it")
+    return count
+
+
+def _write_vectors(
+    rows: Iterator[TextRow], path: Path, count: int, arguments: argparse.Namespace
+) -> tuple[int, int]:
+    # After all rows are read, because it imports torch.
+    import numpy as np
+
+    from vembed.inference import Predictor, encode_items
+    from vembed.modes import Item
+
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ConfigError(f"--batch_size: must be at least 1. Received: {arguments.batch_size}")
+    predictor = Predictor(arguments.model, device=arguments.device)
+    shape = (count, predictor.embedding_dim)
+    vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    with progress_bar("encoding", count) as advance:
+        done = 0
+        while window := list(islice(rows, _WINDOW_ROWS)):
+            vectors[done : done + len(window)] = encode_items(
+                predictor.encoder,
+                [Item(text=row.text) for row in window],
+                role=arguments.role,
+                prompt=arguments.prompt,
+                normalize=arguments.normalize,
+                max_items=arguments.batch_size,
+                progress=advance,
+            )
+            done += len(window)
+    vectors.flush()
+    return shape

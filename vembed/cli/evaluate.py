@@ -1,0 +1,115 @@
+"""`vembed evaluate`: measure a model on a test set, or two models against each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vembed.cli.terminal import progress_bar
+from vembed.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vembed.evaluation import EvalResult, EvalTask
+
+
+def main(argv: list[str]) -> int:
+    """Measure, and print one JSON object (`--json`) or a table.
+
+    Raises:
+        ConfigError: if a model cannot be found.
+        DataError: if the test set cannot be used.
+    """
+    arguments = _parser().parse_args(argv)
+    mapping = _column_mapping(arguments.column_mapping)
+    # After the arguments are checked, because it imports torch.
+    from vembed.evaluation import compare, load_eval_task
+
+    task = load_eval_task(arguments.data, column_mapping=mapping, split=arguments.split)
+    result = _measure(arguments.model, task, arguments)
+    if arguments.before is None:
+        return _print_one(result, arguments)
+    earlier = _measure(arguments.before, task, arguments)
+    changes = compare(earlier, result)
+    if arguments.json:
+        _print_json({change.metric: asdict(change) for change in changes})
+    else:
+        from vembed.evaluation.report import render_table
+
+        title = f"{task.name}: {arguments.before} and then {arguments.model}"
+        Console().print(render_table(changes, title=title))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vembed evaluate",
+        allow_abbrev=False,
+        description="Measure a model. What the rows hold decides how: pairs or a BEIR folder: "
+        "retrieval; pairs with scores: correlation; labelled texts: nearest neighbours.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder, package:NAME[/subdir] or hub id")
+    add("--data", required=True, help="BEIR folder, or a file of rows as for training")
+    add("--before", metavar="MODEL", help="also measure this model, and show what changed")
+    add("--split", default="test", help="qrels of a BEIR folder, or split of a hub data set")
+    add("--column_mapping", nargs="+", metavar="FIELD=COLUMN", default=[],
+        help="our field name and your column name, as in query=question")  # fmt: skip
+    add("--batch_size", type=int, help="most texts in a forward pass; their length decides else")
+    add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
+    add("--json", action="store_true", help="print one JSON object of all metrics, nothing else")
+    return parser
+
+
+def _column_mapping(pairs: Sequence[str]) -> dict[str, str] | None:
+    broken = [pair for pair in pairs if not all(pair.partition("="))]
+    if broken:
+        raise ConfigError(f"--column_mapping: expected FIELD=COLUMN. Received: {broken[0]!r}")
+    return dict(pair.split("=", 1) for pair in pairs) or None
+
+
+def _measure(model: str, task: EvalTask, arguments: argparse.Namespace) -> EvalResult:
+    from vembed.inference import Predictor, encode_items
+
+    predictor = Predictor(model, device=arguments.device)
+    if arguments.batch_size is not None and arguments.batch_size < 1:
+        raise ConfigError(f"--batch_size: must be at least 1. Received: {arguments.batch_size}")
+
+    def encode(items: Any, role: Any) -> Any:
+        with progress_bar(f"{model}: {role}", len(items)) as advance:
+            return encode_items(
+                predictor.encoder,
+                items,
+                role=role,
+                max_items=arguments.batch_size,
+                progress=advance,
+            )
+
+    return task.evaluate(encode)
+
+
+def _print_one(result: EvalResult, arguments: argparse.Namespace) -> int:
+    from vembed.evaluation import confidence_intervals, metric_label
+
+    if arguments.json:
+        _print_json(result.metrics)
+        return 0
+    table = Table(title=f"{result.task}: {arguments.model}", title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("95 % interval", justify="right")
+    for name, interval in confidence_intervals(result).items():
+        value, low, high = (f"{n:.4f}" for n in (result.metrics[name], interval.low, interval.high))
+        table.add_row(metric_label(name), value, f"{low} to {high}")
+    table.caption = f"{len(result):,} {result.items}; all metrics: --json"
+    Console().print(table)
+    return 0
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    Console(soft_wrap=True).print(json.dumps(values), markup=False, highlight=False)

@@ -1,0 +1,78 @@
+"""Rows of training data: read and checked, split, batched, inspected."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vembed.data.collator import Batch, Collator, Processor
+    from vembed.data.dataset import (
+        HoldoutSplit,
+        OnProgress,
+        RecordDataset,
+        StreamingRecordDataset,
+        load_dataset_records,
+        split_holdout,
+    )
+    from vembed.data.inspection import (
+        Finding,
+        Inspection,
+        LengthSummary,
+        inspect_records,
+        token_counter,
+    )
+    from vembed.data.loader import RecordLoader, build_dataloader
+    from vembed.data.records import FIELDS, Record
+    from vembed.data.sampler import StatelessBatchSampler
+
+# Resolved on first use: importing this package must not pay for torch and datasets.
+_LAZY = {
+    "Batch": "collator",
+    "Collator": "collator",
+    "Processor": "collator",
+    "HoldoutSplit": "dataset",
+    "OnProgress": "dataset",
+    "RecordDataset": "dataset",
+    "StreamingRecordDataset": "dataset",
+    "load_dataset_records": "dataset",
+    "split_holdout": "dataset",
+    "Finding": "inspection",
+    "Inspection": "inspection",
+    "LengthSummary": "inspection",
+    "inspect_records": "inspection",
+    "token_counter": "inspection",
+    "RecordLoader": "loader",
+    "build_dataloader": "loader",
+    "FIELDS": "records",
+    "Record": "records",
+    "StatelessBatchSampler": "sampler",
+}
+
+__all__ = [
+    "FIELDS",
+    "Batch",
+    "Collator",
+    "Finding",
+    "HoldoutSplit",
+    "Inspection",
+    "LengthSummary",
+    "OnProgress",
+    "Processor",
+    "Record",
+    "RecordDataset",
+    "RecordLoader",
+    "StatelessBatchSampler",
+    "StreamingRecordDataset",
+    "build_dataloader",
+    "inspect_records",
+    "load_dataset_records",
+    "split_holdout",
+    "token_counter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
