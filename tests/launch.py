@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 
 class ChildFailed(RuntimeError):
-    """A process raised, died or took too long. The message ends with its traceback, if it has one."""
+    """A process raised, died or took too long. The message ends with its traceback."""
 
 
 def run_on_processes(fn: Callable[..., Any], n: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -43,7 +43,7 @@ def run_on_processes(fn: Callable[..., Any], n: int, *args: Any, timeout: float 
     for rank in range(n):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(
-            target=_child, args=(sender, rank, n, store.port, fn, args), daemon=True
+            target=_child, args=(sender, _environment(rank, n, store.port), fn, args), daemon=True
         )
         process.start()
         sender.close()
@@ -84,24 +84,31 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[A
     return [results[pipe] for pipe in pipes]
 
 
+def _environment(rank: int, n: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(n),
+        "LOCAL_WORLD_SIZE": str(n),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's; no process starts one
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
 def _child(
-    pipe: Connection, rank: int, n: int, port: int, fn: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection, environment: dict[str, str], fn: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(n),
-        LOCAL_WORLD_SIZE=str(n),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        GLOO_SOCKET_IFNAME="lo",
-        TORCHELASTIC_USE_AGENT_STORE="True",  # the store is the parent's; no process starts one
-        ACCELERATE_USE_CPU="true",
-    )
+    os.environ.update(environment)
     # The threads that OpenMP had before a fork are gone after it; with one, it asks for none.
     torch.set_num_threads(1)
+    if "accelerate.state" in sys.modules:
+        # A forked process would believe what its parent's Accelerator found: that it is alone.
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=n)
+        dist.init_process_group("gloo")
         outcome = True, fn(*args)
     except BaseException:
         outcome = False, traceback.format_exc()

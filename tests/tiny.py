@@ -122,7 +122,8 @@ def tiny_qwen3(
 
     Args:
         path: Folder to write.
-        append_eos: Whether the tokenizer's post-processor appends EOS, as Qwen3-Embedding's does; Qwen3's does not.
+        append_eos: Whether the tokenizer's post-processor appends EOS, as Qwen3-Embedding's does;
+            Qwen3's does not.
         padding_side: Written into the tokenizer's settings.
         causal_lm_head: Save a Qwen3ForCausalLM rather than a Qwen3Model.
         seed: Of the random weights.
@@ -291,7 +292,8 @@ def write_beir(folder: str | Path) -> Path:
     return folder
 
 
-# transformers' usual 0.02 leaves a tiny model almost linear: attention must matter for a masking bug to show.
+# transformers' usual 0.02 leaves a tiny model almost linear: attention must matter for a masking
+# bug to show.
 _WIDE_INIT = {"initializer_range": 0.2}
 
 

@@ -459,6 +459,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *missing,
         *_model_conflicts(config),
         *_data_conflicts(config),
+        *_validation_conflicts(config),
         *_optimisation_conflicts(config),
     ]
 
@@ -500,6 +501,16 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("streaming", "test_data_path", "holdout_ratio"),
             "nothing can be held out of a stream. Set test_data_path, or holdout_ratio: 0",
         )
+
+
+def _validation_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    if config.val_data_path is not None:
+        return
+    for key in ("eval_steps", "metric_for_best"):
+        if config[key] is not None:
+            yield Problem(
+                (key, "val_data_path"), "has no use without validation. Set val_data_path"
+            )
 
 
 def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:

@@ -197,3 +197,15 @@ def _backward_and_autocast():
 def test_a_parent_that_already_computed_can_start_processes():
     assert _backward_and_autocast()
     assert run_on_processes(_backward_and_autocast, 2) == [True, True]
+
+
+def _accelerator_sees():
+    from accelerate import Accelerator
+
+    accelerator = Accelerator()
+    return accelerator.num_processes, accelerator.process_index, accelerator.device.type
+
+
+def test_an_accelerator_works_in_the_processes():
+    assert _accelerator_sees()[:2] == (1, 0)  # what a forked process must not inherit
+    assert run_on_processes(_accelerator_sees, 2) == [(2, 0, "cpu"), (2, 1, "cpu")]

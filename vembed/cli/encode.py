@@ -93,7 +93,7 @@ def _read_lines(path: Path) -> Iterator[TextRow]:
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
-                text = line.decode("utf-8").strip()
+                text = line.decode("utf-8").removeprefix("\ufeff").strip()
                 if text:
                     yield TextRow(str(number), text)
     except OSError as error:

@@ -13,13 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Cosines are compared in steps of 2^-20 (1e-6): coarser than float32 rounding, so equal vectors tie
-# wherever they stand in a matrix product; finer than any difference that means something.
+# Cosines are compared in steps of 2^-20 (1e-6): coarser than rounding, so equal vectors tie; finer
+# than any difference that means something.
 COSINE_STEPS = 2**20
-_BLOCK_ENTRIES = 2**22  # float64 similarities held at once: 32 MB
-_BLOCK_QUERIES = (
-    16  # at least: with fewer, reading a large corpus from memory is what takes the time
-)
+_BLOCK_ENTRIES = 2**22  # similarities held at once: 32 MB
+_BLOCK_QUERIES = 16  # at least: with fewer, reading a large corpus takes longer than computing
+_DOCUMENTS = 2**14  # documents held in float64 at once
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,10 @@ def find_neighbours(
         right_document_Q=np.full(len(queries_QD), -1, dtype=np.int64),
         right_rank_Q=np.zeros(len(queries_QD), dtype=np.int64),
     )
-    queries, documents = _unit_rows(queries_QD), _unit_rows(documents_ND)
     for block in _blocks(len(queries_QD), count):
         judgements = judge(block)
-        keys_qN = _sort_keys(queries[block.start : block.stop] @ documents.T, judgements)
+        cosines_qN = _cosines(queries_QD[block.start : block.stop], documents_ND)
+        keys_qN = _sort_keys(cosines_qN, judgements)
         _keep_best(keys_qN, block, found)
         _place_right_document(keys_qN, block, judgements, found)
     return found
@@ -92,13 +91,22 @@ def paired_cosines(
     first_ND: NDArray[np.float32], second_ND: NDArray[np.float32]
 ) -> NDArray[np.float64]:
     """Cosine of row i of one side with row i of the other, in the steps that rankings use."""
-    cosines = (_unit_rows(first_ND).double() * _unit_rows(second_ND).double()).sum(1)
+    cosines = (_unit_rows(first_ND) * _unit_rows(second_ND)).sum(1)
     return np.asarray((torch.round(cosines * COSINE_STEPS) / COSINE_STEPS).numpy())
 
 
 def _unit_rows(rows_ND: NDArray[np.float32]) -> Tensor:
-    rows = torch.from_numpy(np.ascontiguousarray(rows_ND, dtype=np.float32))
-    return torch.nn.functional.normalize(rows, dim=1)
+    return torch.nn.functional.normalize(torch.from_numpy(rows_ND).double(), dim=1)
+
+
+def _cosines(queries_qD: NDArray[np.float32], documents_ND: NDArray[np.float32]) -> Tensor:
+    """In float64: rounding depends on where a row stands, and must not part equal vectors."""
+    queries = _unit_rows(queries_qD)
+    cosines_qN = torch.empty(len(queries_qD), len(documents_ND), dtype=torch.float64)
+    for start in range(0, len(documents_ND), _DOCUMENTS):
+        chunk = slice(start, start + _DOCUMENTS)
+        cosines_qN[:, chunk] = queries @ _unit_rows(documents_ND[chunk]).T
+    return cosines_qN
 
 
 def _blocks(queries: int, documents: int) -> Iterator[range]:
@@ -113,7 +121,7 @@ def _sort_keys(cosines_qN: Tensor, judgements: Judgements) -> Tensor:
     Sorting by this key is sorting by cosine with ties least relevant first, and one `topk` does
     both.
     """
-    keys_qN = torch.round(cosines_qN.double() * COSINE_STEPS)
+    keys_qN = torch.round(cosines_qN * COSINE_STEPS)
     gains = judgements.gains
     loss = np.where(gains < 0, np.inf, gains / (1.0 + max(0.0, gains.max(initial=0.0))))
     rows, columns = torch.from_numpy(judgements.rows), torch.from_numpy(judgements.documents)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from vembed.data import load_dataset_records
 from vembed.data.records import Record
-from vembed.errors import DataError
+from vembed.errors import ConfigError, DataError
 from vembed.evaluation.beir import is_beir_folder
 from vembed.evaluation.labelled import LabelledTask
 from vembed.evaluation.pairs import GradedPairsTask
 from vembed.evaluation.results import EvalTask
 from vembed.evaluation.retrieval import RetrievalTask
+from vembed.modes import TEXT, RetrievalMode
 
 
 def load_eval_task(
@@ -32,8 +33,15 @@ def load_eval_task(
 
     Raises:
         DataError: if the data cannot be read, or its rows fit no task.
+        ConfigError: if the mode needs images of a BEIR folder, which holds texts only.
     """
     if is_beir_folder(path):
+        mode = RetrievalMode.parse(retrieval_mode)
+        if (mode.query, mode.document) != (TEXT, TEXT):
+            raise ConfigError(
+                f"retrieval_mode: the BEIR folder {str(path)!r} holds texts only: t2t. "
+                f"Received: '{mode}'; use a file of rows"
+            )
         return RetrievalTask.from_beir(path, split=split)
     dataset = load_dataset_records(
         str(path), retrieval_mode=retrieval_mode, column_mapping=column_mapping, split=split

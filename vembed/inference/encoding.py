@@ -18,8 +18,8 @@ from vembed.chunking import DEFAULT_CHUNK_TOKENS, plan_chunks, take_rows
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
 
-# Items tokenised and sorted together: enough that a chunk finds items of its own length, few enough that a corpus
-# of any size needs no more memory for token ids than this many.
+# Items tokenised and sorted together: enough that a chunk finds items of its own length, few enough
+# that a corpus of any size needs no more memory for token ids than this many.
 _WINDOW_ITEMS = 8192
 
 
@@ -73,7 +73,8 @@ def encode_items(
                 if progress is not None:
                     progress(sum(copies[window[row]] for row in rows))
             order = [start + row for rows in chunks for row in rows]
-            # One copy from the device per window: copying each chunk would make the device wait for the host.
+            # One copy from the device per window: copying each chunk would make the device wait for
+            # the host.
             vectors[order] = torch.cat(outputs).cpu().numpy()
     position = {item: i for i, item in enumerate(distinct)}
     return vectors[[position[item] for item in items]]

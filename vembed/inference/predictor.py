@@ -13,7 +13,7 @@ from vembed.chunking import DEFAULT_CHUNK_TOKENS
 from vembed.errors import ConfigError, DataError
 from vembed.inference.encoding import encode_items
 from vembed.models import load_encoder
-from vembed.models.protocol import Role
+from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
 
 Vectors = npt.NDArray[np.float32]
@@ -25,7 +25,8 @@ class Predictor:
     Example:
         >>> predictor = Predictor("runs/vembed/final")  # doctest: +SKIP
         >>> queries = predictor.encode_query(["how do I read a file?"])  # doctest: +SKIP
-        >>> scores = predictor.similarity(queries, predictor.encode_document(texts))  # doctest: +SKIP
+        >>> scores = predictor.similarity(queries, predictor.encode_document(texts))  # doctest:
+        +SKIP
     """
 
     def __init__(
@@ -35,15 +36,17 @@ class Predictor:
 
         Args:
             model_path: Local folder, `package:NAME[/subdir]`, or hub id.
-            device: Such as `"cpu"`, `"cuda:1"` or `"mps"`; None takes an accelerator when there is one.
-            load_options: Those of `vembed.models.load_encoder`, such as `torch_dtype` or `max_seq_length`.
+            device: Such as `"cpu"`, `"cuda:1"` or `"mps"`; None takes an accelerator when there is
+                one.
+            load_options: Those of `vembed.models.load_encoder`, such as `torch_dtype` or
+                `max_seq_length`.
 
         Raises:
             ConfigError: if the name cannot be resolved, or an option or the device does not fit.
             CheckpointError: if the folder is not a model.
         """
         self.device = _resolve_device(device)
-        self.encoder: Any = load_encoder(str(model_path), **load_options)
+        self.encoder: Encoder = load_encoder(str(model_path), **load_options)
         self.encoder.to(self.device)
 
     @property
@@ -64,8 +67,8 @@ class Predictor:
 
         Args:
             inputs: One or n of them.
-            role: `"query"` or `"document"` puts that role's prompt before each; None the model's default prompt,
-                which most models do not have.
+            role: `"query"` or `"document"` puts that role's prompt before each; None the model's
+                default prompt, which most models do not have.
             batch_size: Most texts in a forward pass; None lets their length decide.
             normalize: Unit length or not; None takes the model's own.
             prompt: Text put before each instead of the role's; `""` for none.
@@ -103,6 +106,10 @@ class Predictor:
         """Embed documents, with the model's document prompt; `options` are the keyword arguments of `encode`."""
         return self.encode(texts, role="document", **options)
 
+    def encode_items(self, items: Sequence[Item], role: Role) -> Vectors:
+        """Embed items in a role: the function that evaluation tasks ask for."""
+        return encode_items(self.encoder, items, role=role)
+
     def similarity(
         self,
         a: str | Sequence[str] | npt.NDArray[Any],
@@ -123,9 +130,10 @@ class Predictor:
     def _unit_vectors(self, side: str | Sequence[str] | npt.NDArray[Any]) -> Vectors:
         if not isinstance(side, np.ndarray):
             return self.encode(side, normalize=True)
-        vectors = np.atleast_2d(side).astype(np.float32)
+        vectors: Vectors = np.atleast_2d(side).astype(np.float32)
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors / np.maximum(length, np.finfo(np.float32).tiny)
+        unit: Vectors = vectors / np.maximum(length, np.finfo(np.float32).tiny)
+        return unit
 
 
 def _as_items(inputs: str | Item | Sequence[str | Item]) -> list[Item]:

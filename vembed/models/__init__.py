@@ -45,7 +45,8 @@ def load_encoder(
         model_name: Local folder, `package:NAME[/subdir]`, or hub id.
         encoder_mode: `"auto"` lets the checkpoint's model_type decide; or a name of `ENCODERS`,
             `"package.module:Name"`, or a loader `(path, **options) -> Encoder`.
-        pooling_method: Tokens to one vector. None here and below: the checkpoint's own, or the default of its kind.
+        pooling_method: Tokens to one vector. None here and below: the checkpoint's own, or the
+            default of its kind.
         normalize: Whether vectors have unit length.
         max_seq_length: Tokens kept of a text, special tokens included.
         query_prompt: Text put before every query; `""` for none.
@@ -56,7 +57,8 @@ def load_encoder(
         revision: Commit, tag or branch of a hub model.
 
     Raises:
-        ConfigError: if the name cannot be resolved, the model type has no encoder, or an option does not fit.
+        ConfigError: if the name cannot be resolved, the model type has no encoder, or an option
+            does not fit.
         CheckpointError: if the folder is not a model, or is incomplete.
     """
     path = resolve_model_path(model_name, revision)

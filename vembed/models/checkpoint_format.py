@@ -73,8 +73,9 @@ class CheckpointSettings:
     def prompt_for(self, role: str) -> str | None:
         """The text put before a `"query"` or `"document"`; None when the checkpoint names none for it.
 
-        Documents go by several names in published models. sentence-transformers writes an empty `document` prompt
-        beside a `passage` one that was meant, so an empty one does not end the search.
+        Documents go by several names in published models. sentence-transformers writes an empty
+        `document` prompt beside a `passage` one that was meant, so an empty one does not end the
+        search.
         """
         names = ("query",) if role == "query" else _DOCUMENT_PROMPT_NAMES
         own = [self.prompts[name] for name in names if name in self.prompts]
@@ -90,7 +91,7 @@ def read_backbone_config(path: str | Path) -> dict[str, Any]:
         CheckpointError: if there is none.
     """
     folder = _backbone_folder(Path(path), _read_modules(Path(path)))
-    config = _read_json(folder / "config.json")
+    config: dict[str, Any] = _read_json(folder / "config.json")
     if config.get("model_type"):
         return config
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
@@ -137,7 +138,8 @@ def write_settings(path: str | Path, settings: CheckpointSettings, *, hidden_siz
     """Write modules.json and what belongs to it, in the layout that sentence-transformers 2 to 6 all read.
 
     Args:
-        path: Model folder; `settings.backbone_folder` must be the same, and `settings.dense_folders` lie in it.
+        path: Model folder; `settings.backbone_folder` must be the same, and
+            `settings.dense_folders` lie in it.
         settings: What to write; pooling_method and normalize must be set.
         hidden_size: Columns of the backbone's output.
     """

@@ -59,7 +59,8 @@ MODEL_TYPES = dict.fromkeys(BIDIRECTIONAL_MODEL_TYPES + CAUSAL_MODEL_TYPES, "tex
 def attends_causally(config: Mapping[str, Any]) -> bool:
     """Whether a token sees only those before it, by the backbone's config as a mapping.
 
-    Decoder families are also published with the causal mask taken off (EmbeddingGemma and others); their configs say so.
+    Decoder families are also published with the causal mask taken off (EmbeddingGemma and others);
+    their configs say so.
     """
     if config.get("use_bidirectional_attention") or config.get("is_causal") is False:
         return False
@@ -67,7 +68,8 @@ def attends_causally(config: Mapping[str, Any]) -> bool:
         return bool(config.get("is_decoder"))
     if config["model_type"] in CAUSAL_MODEL_TYPES:
         return True
-    # Only reached with encoder_mode=text on an unlisted type: its head is the best evidence there is.
+    # Only reached with encoder_mode=text on an unlisted type: its head is the best evidence there
+    # is.
     return any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
 
 

@@ -12,7 +12,8 @@ _FORMS = (
     "A model is named by a local folder, by package:NAME[/subdir] for weights that an installed package carries, "
     "or by a hub id such as sentence-transformers/all-MiniLM-L6-v2"
 )
-# What loading reads: other formats of the same weights (ONNX, OpenVINO, TensorFlow) would be downloaded for nothing.
+# What loading reads: other formats of the same weights (ONNX, OpenVINO, TensorFlow) would be
+# downloaded for nothing.
 _FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.safetensors"]
 _OTHER_FORMATS = ["onnx/*", "openvino/*", "original/*", "consolidated*"]
 
@@ -79,7 +80,8 @@ def _only_model_folder(root: Path, model_name: str) -> Path:
 
 
 def _is_model_folder(folder: Path) -> bool:
-    # sentence-transformers puts a config.json into each module's folder: only the backbone's has a model_type.
+    # sentence-transformers puts a config.json into each module's folder: only the backbone's has a
+    # model_type.
     config = folder / "config.json"
     return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
 

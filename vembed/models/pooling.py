@@ -1,7 +1,8 @@
 """Token vectors to one vector per sequence.
 
-Every function sees only real tokens, wherever the padding is, and gives at least float32: sums of many half-precision
-numbers would lose digits. What stands at padded positions, NaN included, never reaches the result.
+Every function sees only real tokens, wherever the padding is, and gives at least float32: sums of
+many half-precision numbers would lose digits. What stands at padded positions, NaN included, never
+reaches the result.
 
 # Shapes: B sequences, T tokens, H size of a token vector
 """
@@ -76,7 +77,8 @@ def _take(hidden_BTH: Tensor, index_B: Tensor) -> Tensor:
 
 
 def _sum(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
-    # Filling, unlike multiplying by 0, also removes a NaN that attention left where it had nothing to attend to.
+    # Filling, unlike multiplying by 0, also removes a NaN that attention left where it had nothing
+    # to attend to.
     real_BTH = hidden_BTH.masked_fill(~mask_BT.unsqueeze(-1), 0)
     return real_BTH.sum(1, dtype=torch.promote_types(hidden_BTH.dtype, torch.float32))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, normalizers
@@ -18,7 +19,8 @@ class TextProcessor:
     """Tokenises items for one model.
 
     Attributes:
-        tokenizer: The model's own; its `model_max_length` is `max_seq_length`, so that it truncates alike elsewhere.
+        tokenizer: The model's own; its `model_max_length` is `max_seq_length`, so that it truncates
+            alike elsewhere.
         query_prompt: Text put before every query; `""` for none.
         document_prompt: Text put before every document; `""` for none.
         default_prompt: Text put before an item whose role is not given.
@@ -69,7 +71,8 @@ class TextProcessor:
         Args:
             items: B texts.
             role: Decides the prompt; None stands for the checkpoint's default prompt.
-            prompts: One per item, instead of the role's; None as an entry keeps the role's, `""` means no prompt.
+            prompts: One per item, instead of the role's; None as an entry keeps the role's, `""`
+                means no prompt.
 
         Raises:
             DataError: if an item has no text, has an image, or gives no token at all.
@@ -95,10 +98,11 @@ class TextProcessor:
             )
         return tensors
 
-    def save_pretrained(self, path: str) -> None:
+    def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer, the same bytes whatever it was called with before."""
         if self.tokenizer.is_fast:
-            # A call leaves its padding and truncation in the Rust object, and they would be written to tokenizer.json.
+            # A call leaves its padding and truncation in the Rust object, and they would be written
+            # to tokenizer.json.
             self.tokenizer.backend_tokenizer.no_padding()
             self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.save_pretrained(path)
@@ -122,7 +126,8 @@ def ends_with_special_token(tokenizer: Any) -> bool:
 def append_end_token(tokenizer: Any) -> None:
     """Make the tokenizer close every text with its EOS token, in its own post-processor.
 
-    There, truncation leaves room for it, and the saved tokenizer does the same in every other library.
+    There, truncation leaves room for it, and the saved tokenizer does the same in every other
+    library.
 
     Raises:
         ConfigError: if it has no EOS token, or is not a fast tokenizer.
@@ -143,8 +148,8 @@ def append_end_token(tokenizer: Any) -> None:
 def _with_end_token(old: dict[str, Any] | None, token: str, token_id: int) -> dict[str, Any]:
     """The JSON form of a post-processor that also appends `token`.
 
-    A second template behind an existing one would take the tokens that the first put in for a sequence of their own, so
-    an existing one is extended.
+    A second template behind an existing one would take the tokens that the first put in for a
+    sequence of their own, so an existing one is extended.
     """
     end = {"SpecialToken": {"id": token, "type_id": 0}}
     entry = {token: {"id": token, "ids": [token_id], "tokens": [token]}}

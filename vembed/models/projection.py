@@ -41,7 +41,8 @@ class Projection(nn.Module):
         """Read a Dense module's folder.
 
         Raises:
-            CheckpointError: if it is not a plain Dense on sentence embeddings with an activation of torch.nn.
+            CheckpointError: if it is not a plain Dense on sentence embeddings with an activation of
+                torch.nn.
         """
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if odd := {

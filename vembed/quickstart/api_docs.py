@@ -191,7 +191,7 @@ def _is_sentence(text: str) -> bool:
     if not MIN_QUERY_WORDS <= len(text.split()) <= MAX_QUERY_WORDS:
         return False
     letters = sum(c.isascii() and (c.isalpha() or c == " ") for c in text)
-    return text[0].isalpha() and letters >= 0.9 * len(text) and not _SAYS_NOTHING.match(text)
+    return text[0].isalpha() and letters >= 0.85 * len(text) and not _SAYS_NOTHING.match(text)
 
 
 def _letters(text: str) -> str:

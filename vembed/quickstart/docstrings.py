@@ -1,4 +1,4 @@
-"""Read the documented public API of installed packages from their sources, without importing them."""
+"""Read the documented public API of installed packages from their sources; nothing is imported."""
 
 from __future__ import annotations
 

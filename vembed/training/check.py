@@ -22,7 +22,7 @@ from vembed.training.run import (
     describe_run,
     raise_problems,
 )
-from vembed.training.run_data import load_rows, load_run_data
+from vembed.training.run_data import Rows, load_rows, load_run_data
 from vembed.training.training_loop import optimizer_step
 
 OnStage = Callable[[str, float | None], None]
@@ -76,13 +76,13 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     on_stage("loading the model", None)
     encoder = build_model(config).to(accelerator.device)
     check_mode(encoder, config)
-    _read_training_rows(config, on_stage)
+    rows = _read_training_rows(config, on_stage)
     on_stage("reading validation and test rows", None)
     data = load_run_data(config)
     inspection = None
-    if isinstance(data.train, RecordDataset):
+    if isinstance(rows, RecordDataset):
         inspection = inspect_records(
-            data.train,
+            rows,
             token_counter(encoder.processor),
             max_seq_length=encoder.processor.max_seq_length,
             on_progress=lambda share: on_stage("counting tokens", share),
@@ -90,6 +90,7 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     on_stage("taking one step", None)
     apply_lora(encoder, config, accelerator)
     trainer = build_trainer(config, accelerator, encoder, data)
+    trainer.prepare()
     facts = describe_run(trainer, encoder, data)
     group = list(islice(trainer.dataloader, config.gradient_accumulation_steps))
     sample = _first_row(group[0], encoder.processor.tokenizer)
@@ -106,15 +107,19 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     )
 
 
-def _read_training_rows(config: TrainConfig, on_stage: OnStage) -> None:
+def _read_training_rows(config: TrainConfig, on_stage: OnStage) -> Rows:
     """Check every training row; where they are not streamed, the run finds them in the cache."""
     stage = "reading training rows"
     if not config.streaming:
-        load_rows(config, config.data_path, on_progress=lambda share: on_stage(stage, share))
-        return
-    for number, _ in enumerate(load_rows(config, config.data_path, streaming=True), 1):
+        whole: Rows = load_rows(
+            config, config.data_path, on_progress=lambda share: on_stage(stage, share)
+        )
+        return whole
+    stream: Rows = load_rows(config, config.data_path, streaming=True)
+    for number, _ in enumerate(iter(stream), 1):
         if number % _STREAM_PROGRESS_ROWS == 0:
             on_stage(f"{stage}: {number:,}", None)
+    return stream
 
 
 def _first_row(batch: Mapping[str, Any], tokenizer: Any) -> list[SampleText]:

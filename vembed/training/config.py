@@ -90,8 +90,8 @@ def load_and_parse_config(
 
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
-    """Write every setting as YAML that `--config` reads, with the origin of those that have one."""
-    text = "# The resolved configuration of a run. What a value came from stands behind it.\n"
+    """Write every setting as YAML that `--config` reads; a comment says where a value came from."""
+    text = "# Every setting of a run. Behind a value: where it came from, unless it is the default.\n\n"
     Path(path).write_text(text + render_config(config, config.origins), encoding="utf-8")
 
 

@@ -1,9 +1,10 @@
-"""How a run speaks in a terminal: log lines and tables go to stderr, results stay readable in a file."""
+"""How a run speaks in a terminal: what it is doing goes to stderr, what it found to stdout."""
 
 from __future__ import annotations
 
 import logging
 
+import transformers
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -11,8 +12,9 @@ from rich.logging import RichHandler
 def configure_logging(*, main_process: bool) -> None:
     """Show vembed's log lines, on the main process from INFO up, on others from WARNING up.
 
-    Leaves a logger alone that the caller has configured.
+    transformers' own bars about loading weights are silenced: a run has its own. Leaves a logger alone that the caller has configured.
     """
+    transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("vembed")
     if not main_process:
         logger.setLevel(logging.WARNING)

@@ -23,10 +23,13 @@ def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None)
         follow_launcher()
         config = load_and_parse_config(argv, required=RUN_REQUIRES, prog=prog)
         check_process_count(config, started_processes())
-        # After the checks, because it imports torch.
+        # After the checks, because they import torch.
+        from accelerate import PartialState
+
         from vembed.training.run import run_training
 
         run_training(config)
+        PartialState().destroy_process_group()
         return 0
 
     return exit_status(train)

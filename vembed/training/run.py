@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from vembed.config import TrainConfig, check
-from vembed.errors import ConfigError
+from vembed.errors import ConfigError, DistributedError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import build_criterion, build_distillation_loss, check_row_fields
 from vembed.models import load_encoder
@@ -90,6 +91,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ConfigError: if the precision cannot be had on this device.
+        DistributedError: if the processes that were launched do not train together.
     """
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     if on_cpu and config.mixed_precision == "fp16":
@@ -97,13 +99,21 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=config.ddp_find_unused_parameters, broadcast_buffers=False
     )
-    return Accelerator(
+    accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=config.mixed_precision,
-        log_with=_trackers(config).log_with,
+        log_with=_trackers(config).log_with or None,
         project_dir=config.output_dir,
         kwargs_handlers=[ddp],
     )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != launched:
+        raise DistributedError(
+            f"the launcher started {launched} processes, but this one trains with "
+            f"{accelerator.num_processes}: each would train alone and write over the others. In "
+            "Python, an Accelerator that was made before the processes were started causes this"
+        )
+    return accelerator
 
 
 def check_mode(encoder: Encoder, config: TrainConfig) -> None:

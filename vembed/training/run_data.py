@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from vembed.config import TrainConfig
 from vembed.data import (
     Collator,
+    OnProgress,
     Record,
     RecordDataset,
     StreamingRecordDataset,
@@ -75,7 +76,12 @@ def load_run_data(config: TrainConfig) -> RunData:
 
 
 def load_rows(
-    config: TrainConfig, path: Any, *, split: str = "train", streaming: bool = False
+    config: TrainConfig,
+    path: Any,
+    *,
+    split: str = "train",
+    streaming: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> Any:
     """The rows of a data path, read as the config says."""
     return load_dataset_records(
@@ -84,6 +90,7 @@ def load_rows(
         column_mapping=config.column_mapping,
         split=split,
         streaming=streaming,
+        on_progress=on_progress,
     )
 
 

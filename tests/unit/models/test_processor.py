@@ -26,7 +26,9 @@ def processor(**options):
 
 
 def decoded(processor, inputs):
-    return [processor.tokenizer.decode(row, skip_special_tokens=True) for row in inputs["input_ids"]]
+    return [
+        processor.tokenizer.decode(row, skip_special_tokens=True) for row in inputs["input_ids"]
+    ]
 
 
 def test_each_role_has_its_prompt():

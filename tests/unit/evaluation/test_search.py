@@ -1,0 +1,105 @@
+import numpy as np
+import pytest
+
+from vembed.evaluation import search
+from vembed.evaluation.metrics import order_by_score
+from vembed.evaluation.search import Judgements, find_neighbours, paired_cosines
+
+
+def judge_by(gains_QN):
+    """Judgements from a dense matrix; 0 is not told."""
+
+    def judge(block):
+        rows, documents = np.nonzero(gains_QN[block.start : block.stop])
+        return Judgements(rows, documents, gains_QN[block.start : block.stop][rows, documents])
+
+    return judge
+
+
+def random_case(seed=0, queries=37, documents=53, size=6):
+    rng = np.random.default_rng(seed)
+    gains = rng.choice([0.0, 0, 0, 1, 2], size=(queries, documents))
+    # Few different vectors, so that exact ties abound.
+    vectors = rng.integers(-1, 2, size=(queries + documents, size)).astype(np.float32) + 0.5
+    return vectors[:queries], vectors[queries:], gains
+
+
+def slow_ranks(queries, documents, gains):
+    unit = lambda rows: rows.astype(np.float64) / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
+    cosines = np.round(unit(queries) @ unit(documents).T, 5)
+    return np.stack([order_by_score(c, g) for c, g in zip(cosines, gains, strict=True)]), cosines
+
+
+def test_ranks_as_sorting_everything_does_whatever_the_block(monkeypatch):
+    queries, documents, gains = random_case()
+    expected, cosines = slow_ranks(queries, documents, gains)
+    for queries_at_once in (1, 5, 1000):
+        monkeypatch.setattr(search, "_BLOCK_QUERIES", queries_at_once)
+        monkeypatch.setattr(search, "_BLOCK_ENTRIES", 1 if queries_at_once < 1000 else 2**20)
+        found = find_neighbours(queries, documents, judge_by(gains), depth=20)
+        assert found.documents_QK.shape == (37, 20)
+        # Documents of equal cosine and gain may stand in any order: compare what a metric sees.
+        for row in range(37):
+            assert (
+                gains[row][found.documents_QK[row]].tolist()
+                == gains[row][expected[row, :20]].tolist()
+            )
+            assert found.cosines_QK[row] == pytest.approx(
+                cosines[row][expected[row, :20]], abs=2e-5
+            )
+
+
+def test_the_right_document_and_its_rank_are_found_beyond_the_depth():
+    queries, documents, gains = random_case(seed=1)
+    gains[3] = 0
+    expected, _ = slow_ranks(queries, documents, gains)
+    found = find_neighbours(queries, documents, judge_by(gains), depth=1)
+    assert (found.right_document_Q[3], found.right_rank_Q[3]) == (-1, 0)
+    for row in set(range(37)) - {3}:
+        first = int((gains[row][expected[row]] > 0).argmax())
+        assert found.right_rank_Q[row] == first + 1
+        assert gains[row, found.right_document_Q[row]] == gains[row, expected[row, first]]
+
+
+def test_a_relevant_document_stands_after_its_ties():
+    documents = np.array([[1, 0]] * 5, dtype=np.float32)
+    gains = np.array([[2.0, 0, 1, 0, 0]])
+    found = find_neighbours(
+        np.array([[1, 0]], dtype=np.float32), documents, judge_by(gains), depth=5
+    )
+    assert found.documents_QK[0, 3:].tolist() == [2, 0]
+    assert (found.right_document_Q[0], found.right_rank_Q[0]) == (2, 4)
+    assert found.cosines_QK[0] == pytest.approx(np.ones(5))
+
+
+def test_equal_vectors_tie_although_a_matrix_product_rounds():
+    """Scaled copies of a vector: ordered by rounding, the relevant one would get any rank."""
+    rng = np.random.default_rng(0)
+    vector = rng.standard_normal(384).astype(np.float32)
+    documents = np.stack([vector * scale for scale in rng.uniform(0.1, 10, size=301)]).astype(
+        np.float32
+    )
+    gains = np.zeros((40, 301))
+    gains[:, 7] = 1
+    queries = rng.standard_normal((40, 384)).astype(np.float32)
+    ranks = find_neighbours(queries, documents, judge_by(gains), depth=1).right_rank_Q
+    # Rounding to float32 makes the copies differ by 1e-8; that parts them where their cosine lies
+    # as near as that to the border between two steps, about one time in twenty.
+    assert (ranks == 301).mean() > 0.8
+
+
+def test_what_is_no_candidate_is_left_out_and_the_row_padded():
+    gains = np.array([[-1.0, 0, 1]])
+    found = find_neighbours(
+        np.eye(3, dtype=np.float32)[:1], np.eye(3, dtype=np.float32), judge_by(gains), depth=9
+    )
+    assert found.documents_QK.tolist() == [[1, 2, -1]]
+    assert found.cosines_QK.tolist() == [[0, 0, 0]]
+    assert found.right_rank_Q.tolist() == [2]
+
+
+def test_paired_cosines():
+    first = np.array([[3, 4], [1, 0], [0, 0]], dtype=np.float32)
+    second = np.array([[4, 3], [-2, 0], [1, 1]], dtype=np.float32)
+    # (12 + 12) / 25; opposite; a zero vector is near nothing
+    assert paired_cosines(first, second) == pytest.approx([0.96, -1, 0], abs=1e-6)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+
+import vembed
+from vembed.errors import CheckpointError, ConfigError, DataError
+from vembed.inference import VEmbedFactoryPredictor
+from vembed.modes import Item
+
+TEXTS = ["the red apple", "a blue ocean", "an old book of the king"]
+
+
+@pytest.fixture(scope="module")
+def predictor(tiny_st_path):
+    return vembed.Predictor(str(tiny_st_path), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def theirs(tiny_st_path):
+    return SentenceTransformer(str(tiny_st_path), device="cpu")
+
+
+def test_every_method_agrees_with_sentence_transformers(predictor, theirs):
+    for ours, expected in [
+        (predictor.encode(TEXTS), theirs.encode(TEXTS)),
+        (predictor.encode_text(TEXTS), theirs.encode(TEXTS)),
+        (predictor.encode_query(TEXTS), theirs.encode_query(TEXTS)),
+        (predictor.encode_document(TEXTS), theirs.encode_document(TEXTS)),
+        (predictor.encode(TEXTS, prompt="see: "), theirs.encode(TEXTS, prompt="see: ")),
+        (predictor.encode(TEXTS, role="query", prompt=""), theirs.encode(TEXTS)),
+    ]:
+        np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_results_are_two_dimensional(predictor):
+    assert predictor.embedding_dim == 32
+    assert predictor.encode_text("one text").shape == (1, 32)
+    assert predictor.encode_text(TEXTS).shape == (3, 32)
+    assert predictor.encode_text([]).shape == (0, 32)
+    assert predictor.encode(Item(text="one text")).shape == (1, 32)
+
+
+def test_normalize_overrides_the_models_own_and_leaves_it(predictor):
+    raw = predictor.encode_text(TEXTS, normalize=False)
+    unit = predictor.encode_text(TEXTS)
+    lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+    assert not np.allclose(lengths, 1, atol=0.1)
+    np.testing.assert_allclose(raw / lengths, unit, atol=1e-6)
+    np.testing.assert_allclose(predictor.encode_text(TEXTS, normalize=True), unit, atol=1e-7)
+
+
+def test_batch_size_is_the_most_items_of_a_forward_pass(predictor):
+    sizes = []
+    hook = predictor.encoder.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    small = predictor.encode_text(TEXTS, batch_size=2)
+    hook.remove()
+    assert sizes == [2, 1]
+    np.testing.assert_allclose(small, predictor.encode_text(TEXTS), atol=1e-6)
+
+
+def test_similarity_of_texts_and_vectors(predictor):
+    vectors = predictor.encode_text(TEXTS, normalize=False)
+    scores = predictor.similarity(TEXTS, vectors[:2])
+    assert scores.shape == (3, 2)
+    np.testing.assert_allclose(np.diag(scores), 1, atol=1e-6)
+    np.testing.assert_allclose(scores, predictor.similarity(vectors[:2], TEXTS).T, atol=1e-6)
+    assert predictor.similarity("a", "b").shape == (1, 1)
+    with pytest.raises(DataError, match="one size"):
+        predictor.similarity(vectors, np.ones((2, 5)))
+
+
+@pytest.mark.parametrize("inputs", [[3], [None], ["a", b"b"], [["a"]]])
+def test_what_is_not_a_text_is_an_error(predictor, inputs):
+    with pytest.raises(DataError, match=f"position {len(inputs) - 1}"):
+        predictor.encode_text(inputs)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"role": "positive"}])
+def test_options_that_do_not_exist_are_errors(predictor, options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        predictor.encode(TEXTS, **options)
+
+
+def test_load_options_reach_the_encoder(tiny_st_path):
+    predictor = vembed.Predictor(str(tiny_st_path), "cpu", torch_dtype="bfloat16", max_seq_length=5)
+    assert predictor.encoder.backbone.dtype == torch.bfloat16
+    assert predictor.encoder.processor.max_seq_length == 5
+
+
+def test_a_folder_that_is_not_a_model_is_one_clear_error(tmp_path):
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(CheckpointError, match=r"is not a model folder.*Found there: notes\.txt"):
+        vembed.Predictor(str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no folder"):
+        vembed.Predictor(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("device", ["cud", "cuda:99", "meta:x"])
+def test_a_device_that_is_not_there_is_an_error(tiny_st_path, device):
+    with pytest.raises(ConfigError, match="device"):
+        vembed.Predictor(str(tiny_st_path), device=device)
+
+
+def test_the_longer_name_is_the_same_class():
+    assert VEmbedFactoryPredictor is vembed.Predictor is vembed.VEmbedFactoryPredictor
