@@ -1,4 +1,4 @@
-"""Settings and fixtures of every test: no network, few threads, tiny models built once per session."""
+"""Settings and fixtures of every test: no network, few threads, tiny models built once."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from pathlib import Path
+from pathlib import Path  # noqa: E402
 
-import pytest
+import pytest  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _fresh_accelerate_state():
-    """An Accelerator keeps its settings in class attributes: without a reset they leak into the next test."""
+    """An Accelerator keeps its settings in class attributes: they would leak into the next test."""
     yield
     if "accelerate.state" in sys.modules:
         from accelerate.state import AcceleratorState, GradientState

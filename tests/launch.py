@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -36,25 +37,29 @@ def run_on_processes(fn: Callable[..., Any], n: int, *args: Any, timeout: float 
     Raises:
         ChildFailed: if a process fails or time is up.
     """
-    # Port 0 lets the system choose: no other program can take the port in between.
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # The group meets in a file: no port to lose to another program, and a TCP store on this
+    # machine now and then takes five seconds to answer.
+    meeting = tempfile.TemporaryDirectory(prefix="vembed-gloo-")
     context = multiprocessing.get_context(_start_method())
     processes, pipes = [], []
     for rank in range(n):
-        receiver, sender = context.Pipe(duplex=False)
+        own_end, child_end = context.Pipe()
         process = context.Process(
-            target=_child, args=(sender, _environment(rank, n, store.port), fn, args), daemon=True
+            target=_child,
+            args=(child_end, _environment(rank, n), f"file://{meeting.name}/group", fn, args),
+            daemon=True,
         )
         process.start()
-        sender.close()
+        child_end.close()
         processes.append(process)
-        pipes.append(receiver)
+        pipes.append(own_end)
     try:
         return _collect(pipes, time.monotonic() + timeout, timeout)
     finally:
         for process in processes:
             process.kill()
             process.join()
+        meeting.cleanup()
 
 
 def _start_method() -> str:
@@ -84,22 +89,25 @@ def _collect(pipes: list[Connection], deadline: float, timeout: float) -> list[A
     return [results[pipe] for pipe in pipes]
 
 
-def _environment(rank: int, n: int, port: int) -> dict[str, str]:
+def _environment(rank: int, n: int) -> dict[str, str]:
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(n),
         "LOCAL_WORLD_SIZE": str(n),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": "0",  # required by launchers' readers, used by none: the group is up
         "GLOO_SOCKET_IFNAME": "lo",
-        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is the parent's; no process starts one
         "ACCELERATE_USE_CPU": "true",
     }
 
 
 def _child(
-    pipe: Connection, environment: dict[str, str], fn: Callable[..., Any], args: tuple[Any, ...]
+    pipe: Connection,
+    environment: dict[str, str],
+    meeting: str,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(environment)
     # The threads that OpenMP had before a fork are gone after it; with one, it asks for none.
@@ -108,13 +116,13 @@ def _child(
         # A forked process would believe what its parent's Accelerator found: that it is alone.
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        dist.init_process_group("gloo")
+        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
         outcome = True, fn(*args)
     except BaseException:
         outcome = False, traceback.format_exc()
     # Plain pickle: torch's own would share memory that goes away with this process.
     pipe.send_bytes(pickle.dumps(outcome))
-    if outcome[0]:
-        # One that leaves early takes its connections with it, while others may still need them.
-        dist.barrier()
-        dist.destroy_process_group()
+    # One that leaves early takes its connections with it, while others may still need them: wait
+    # for the parent, which ends all of them together, or for its own end.
+    pipe.poll(None)

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and row files, built in code in milliseconds and loaded by the real loading code."""
+"""Tiny models, tokenizers and row files, built in milliseconds, loaded by the real code."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ PAIRS = [
         ("wild", "sheep", "on the hill in the north"),
     ]
 ]
-"""Text pairs with words in common, so that even an untrained tiny model can learn to tell them apart."""
+"""Text pairs with words in common, which even an untrained tiny model can learn to tell apart."""
 
 
 def tiny_bert(path: str | Path, *, hidden_size: int = 32, seed: int = 0, **config: Any) -> Path:
-    """A BertModel (pooler included, dropout 0.1, 128 positions) and its WordPiece tokenizer, saved at `path`."""
+    """A BertModel (pooler, dropout 0.1, 128 positions) and its WordPiece tokenizer, at `path`."""
     from transformers import BertConfig, BertModel
 
     tokenizer = wordpiece_tokenizer()
@@ -85,7 +85,7 @@ def tiny_bert(path: str | Path, *, hidden_size: int = 32, seed: int = 0, **confi
 
 
 def tiny_modernbert(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
-    """A ModernBertModel (one global and one local attention layer) and a WordPiece tokenizer, saved at `path`."""
+    """A ModernBertModel (one global, one local layer) and a WordPiece tokenizer, at `path`."""
     from transformers import ModernBertConfig, ModernBertModel
 
     tokenizer = wordpiece_tokenizer(token_type_ids=False)
@@ -236,7 +236,7 @@ def wordpiece_tokenizer(*, token_type_ids: bool = True) -> Any:
 
 
 def byte_level_tokenizer(*, append_eos: bool = True, padding_side: str = "left") -> Any:
-    """A byte-level BPE tokenizer (every byte a token, no merges) whose pad token differs from its EOS token."""
+    """A byte-level BPE tokenizer: every byte a token, no merges, pad and EOS two tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 

@@ -59,14 +59,15 @@ def exit_status(program: Callable[[], int]) -> int:
 
     Errors that are no VembedError keep their traceback.
     """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         return program()
     except VembedError as error:
-        rank = int(os.environ.get("RANK", "0"))
         if rank:
             time.sleep(_WAIT_FOR_FIRST_PROCESS_S)
         sys.stderr.write(f"vembed{f' (process {rank})' if rank else ''}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("vembed: interrupted\n")
+        if not rank:
+            sys.stderr.write("vembed: interrupted\n")
         return 130

@@ -17,7 +17,7 @@ NAMES = [f"{base}@{k}" for base in METRICS for k in (1, 3, 10, 100)]
 
 
 def trec_order(run):
-    """Best score first, of equal scores the greater document id first (trec_eval's form_res_rels)."""
+    """Best score first; equal scores: the greater document id first (as form_res_rels does)."""
     return [
         doc for doc, _ in sorted(run.items(), key=lambda entry: (entry[1], entry[0]), reverse=True)
     ]

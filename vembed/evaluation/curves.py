@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,9 @@ def panel_svg(panel: Panel) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"#01010[1-7]", lambda match: _VARIABLES[match[0]], svg)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{panel.describe()}"', 1).strip()
+    return svg.replace(
+        "<svg", f'<svg role="img" aria-label="{escape(panel.describe())}"', 1
+    ).strip()
 
 
 def write_png(panels: Sequence[Panel], path: Path) -> None:
@@ -134,7 +137,7 @@ def write_png(panels: Sequence[Panel], path: Path) -> None:
     figure = Figure(figsize=(4.8 * columns, 2.9 * rows), layout="constrained", facecolor="white")
     for number, panel in enumerate(panels, start=1):
         _draw(figure.add_subplot(rows, columns, number), panel, _PRINT)
-    figure.savefig(path, dpi=160)
+    figure.savefig(path, dpi=160, bbox_inches="tight", pad_inches=0.15)
 
 
 def _series(

@@ -128,7 +128,7 @@ def _measurement(change: MetricChange, axis: _Axis) -> str:
 <td data-label="Change" class="{change.verdict}">{difference}</td>
 <td data-label="p">{escape(format_p_value(change.p_value))}</td>
 <td class="plot">{_dumbbell(change, axis)}
-<span class="ends" aria-hidden="true"><i>{axis.label(axis.low)}</i><i>{axis.label(axis.high)}</i></span></td>
+{axis.ends()}</td>
 </tr>"""
 
 
@@ -163,6 +163,11 @@ class _Axis:
 
     def label(self, tick: float) -> str:
         return f"{tick:.{2 if self.step < 0.1 else 1}f}"
+
+    def ends(self) -> str:
+        """Shown on narrow screens, where the labels over the columns are not."""
+        low, high = self.label(self.low), self.label(self.high)
+        return f'<span class="ends" aria-hidden="true"><i>{low}</i><i>{high}</i></span>'
 
     def labels(self) -> str:
         marks = "".join(

@@ -93,7 +93,7 @@ def encode_checked(encode: Encode, items: Sequence[Item], role: Role) -> NDArray
     Raises:
         VembedError: if there is not one row per item, or a vector holds NaN or infinity.
     """
-    vectors = np.asarray(encode(items, role), dtype=np.float32)
+    vectors = np.ascontiguousarray(encode(items, role), dtype=np.float32)
     if vectors.ndim != 2 or len(vectors) != len(items):
         raise VembedError(
             f"evaluation: encode must give one row per item, [{len(items)}, D]. "

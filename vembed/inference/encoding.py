@@ -18,9 +18,9 @@ from vembed.chunking import DEFAULT_CHUNK_TOKENS, plan_chunks, take_rows
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
 
-# Items tokenised and sorted together: enough that a chunk finds items of its own length, few enough
-# that a corpus of any size needs no more memory for token ids than this many.
-_WINDOW_ITEMS = 8192
+# Items tokenised together: enough for a chunk to find items of its own length, and few enough that
+# a corpus of any size never needs more memory for token ids than these.
+_WINDOW_ITEMS = 2048
 
 
 def encode_items(
@@ -55,7 +55,9 @@ def encode_items(
     """
     where = next(encoder.parameters()).device if device is None else torch.device(device)
     copies = Counter(items)
-    distinct = list(copies)
+    # Longest first, so that memory runs out at once or not at all. Characters stand in for tokens
+    # until a window is tokenised.
+    distinct = sorted(copies, key=lambda item: -len(item.text or ""))
     vectors = np.empty((len(distinct), encoder.embedding_dim), dtype=np.float32)
     autocast = torch.autocast(where.type, autocast_dtype, enabled=autocast_dtype is not None)
     with _eval_mode(encoder), torch.no_grad(), autocast:
@@ -82,7 +84,7 @@ def encode_items(
 
 @contextmanager
 def _eval_mode(encoder: Encoder) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in, frozen parts in eval mode included."""
+    """Eval mode inside; afterwards each module has its own mode again, frozen parts included."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:

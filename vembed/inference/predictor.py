@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,10 @@ class Predictor:
     """
 
     def __init__(
-        self, model_path: str, device: str | torch.device | None = None, **load_options: Any
+        self,
+        model_path: str | Path,
+        device: str | torch.device | None = None,
+        **load_options: Any,
     ) -> None:
         """Load a model.
 
@@ -95,15 +99,15 @@ class Predictor:
         )
 
     def encode_text(self, texts: str | Sequence[str], **options: Any) -> Vectors:
-        """Embed texts: `encode` under the name that says so; `options` are its keyword arguments."""
+        """`encode` under the name that says text; `options` are its keyword arguments."""
         return self.encode(texts, **options)
 
     def encode_query(self, texts: str | Sequence[str], **options: Any) -> Vectors:
-        """Embed queries, with the model's query prompt; `options` are the keyword arguments of `encode`."""
+        """`encode` in the role of queries; `options` are its keyword arguments."""
         return self.encode(texts, role="query", **options)
 
     def encode_document(self, texts: str | Sequence[str], **options: Any) -> Vectors:
-        """Embed documents, with the model's document prompt; `options` are the keyword arguments of `encode`."""
+        """`encode` in the role of documents; `options` are its keyword arguments."""
         return self.encode(texts, role="document", **options)
 
     def encode_items(self, items: Sequence[Item], role: Role) -> Vectors:
@@ -123,7 +127,8 @@ class Predictor:
         left, right = self._unit_vectors(a), self._unit_vectors(b)
         if left.shape[1] != right.shape[1]:
             raise DataError(
-                f"similarity: both sides need vectors of one size. Received: {left.shape} and {right.shape}"
+                f"similarity: both sides need vectors of one size. "
+                f"Received: {left.shape} and {right.shape}"
             )
         return left @ right.T
 
@@ -141,15 +146,16 @@ def _as_items(inputs: str | Item | Sequence[str | Item]) -> list[Item]:
     for i, entry in enumerate(listed):
         if not isinstance(entry, str | Item):
             raise DataError(
-                f"a text is expected, or a list of texts. Received: {type(entry).__name__} at position {i}"
+                f"a text is expected, or a list of texts. "
+                f"Received: {type(entry).__name__} at position {i}"
             )
     return [Item(text=entry) if isinstance(entry, str) else entry for entry in listed]
 
 
 def _resolve_device(device: str | torch.device | None) -> torch.device:
     if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        return torch.device("cpu") if accelerator is None else accelerator
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        return torch.device(next((name for name, there in found.items() if there), "cpu"))
     try:
         resolved = torch.device(device)
         torch.empty(0, device=resolved)

@@ -84,5 +84,5 @@ class SupervisedContrastive(nn.Module):
             # Rows without a partner stay in the graph: backward through the gather is collective.
             loss_B = (total_B - mean_B).masked_fill(partners_Q[own] == 0, 0)
             num_valid = (partners_Q > 0).sum().clamp(min=1)
-            mean: Tensor = loss_B.sum() * (process_count() / num_valid)
+            mean: Tensor = loss_B.sum() * process_count() / num_valid
             return mean

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["ENCODERS", "load_encoder", "resolve_model_path"]
 
 ENCODERS = {"text": "vembed.models.text:load_text_encoder"}
-"""Encoder kinds by name, each with the loader `(path, **options) -> Encoder` that builds one from a local folder."""
+"""Encoder kinds by name, each with its loader `(path, **options) -> Encoder` for a local folder."""
 
 
 def load_encoder(
@@ -90,14 +90,14 @@ def _kind_of(path: str) -> str:
         )
     raise ConfigError(
         f"model_name: {path!r} has model_type {model_type!r}, which no encoder of vembed claims"
-        f"{registry.did_you_mean(model_type, MODEL_TYPES)}. Known: {', '.join(MODEL_TYPES)}. If it is a text "
-        f"model that returns last_hidden_state, set encoder_mode=text; for anything else write an encoder and "
-        f"set encoder_mode=package.module:Name"
+        f"{registry.did_you_mean(model_type, MODEL_TYPES)}. Known: {', '.join(MODEL_TYPES)}. "
+        f"If it is a text model that returns last_hidden_state, set encoder_mode=text; "
+        f"for anything else write an encoder and set encoder_mode=package.module:Name"
     )
 
 
 def _fitting(load: Callable[..., Encoder], options: dict[str, Any], what: str) -> dict[str, Any]:
-    """Options for `load`; one that it does not take may be left out only where the user left it at its default."""
+    """The options that `load` takes; one that it does not take must have been left unset."""
     defaults = inspect.signature(load_encoder).parameters
     taken = registry.accepted_arguments(load, options)
     ignored = [name for name in options if name not in taken]

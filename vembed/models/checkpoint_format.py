@@ -1,4 +1,4 @@
-"""The folder layout that sentence-transformers, transformers and vembed share: what it says, read and written.
+"""The folder layout that sentence-transformers, transformers and vembed share, read and written.
 
 Only JSON is handled here; weights and tokenizers are read and written by the encoder.
 """
@@ -40,8 +40,12 @@ _TRANSFORMER_CONFIGS = [
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
 # Settings of the Transformer module that vembed follows, or that say what it assumes anyway.
-_TRANSFORMER_KEYS = {"max_seq_length", "do_lower_case", "transformer_task", "modality_config"} | {
-    "module_output_name"
+_TRANSFORMER_KEYS = {
+    "max_seq_length",
+    "do_lower_case",
+    "transformer_task",
+    "modality_config",
+    "module_output_name",
 }
 _DOCUMENT_PROMPT_NAMES = ("document", "passage", "corpus")
 
@@ -71,7 +75,7 @@ class CheckpointSettings:
     default_prompt_name: str | None = None
 
     def prompt_for(self, role: str) -> str | None:
-        """The text put before a `"query"` or `"document"`; None when the checkpoint names none for it.
+        """The text put before a `"query"` or `"document"`; None where the checkpoint is silent.
 
         Documents go by several names in published models. sentence-transformers writes an empty
         `document` prompt beside a `passage` one that was meant, so an empty one does not end the
@@ -97,7 +101,8 @@ def read_backbone_config(path: str | Path) -> dict[str, Any]:
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
     adapter = " (it holds a LoRA adapter only: merge it into its base model first)"
     raise CheckpointError(
-        f"{str(path)!r} is not a model folder: {folder / 'config.json'} is missing or names no model_type"
+        f"{str(path)!r} is not a model folder: {folder / 'config.json'} is missing or names no "
+        f"model_type"
         f"{adapter if 'adapter_config.json' in found else ''}. Found there: {found or 'nothing'}"
     )
 
@@ -117,11 +122,15 @@ def read_settings(path: str | Path) -> CheckpointSettings:
     normalize = kinds[-1] == "Normalize"
     if kinds != ["Transformer", "Pooling", *["Dense"] * dense, *["Normalize"] * normalize]:
         raise CheckpointError(
-            f"{root / 'modules.json'}: vembed reads Transformer, Pooling, any number of Dense, and at most one "
-            f"Normalize, in that order. Found: {', '.join(kinds)}"
+            f"{root / 'modules.json'}: vembed reads Transformer, Pooling, any number of Dense, and "
+            f"at most one Normalize, in that order. Found: {', '.join(kinds)}"
         )
     transformer = _read_transformer_config(_backbone_folder(root, modules))
     model = _read_json(root / "config_sentence_transformers.json")
+    if model.get("truncate_dim"):
+        raise CheckpointError(
+            f"{root / 'config_sentence_transformers.json'}: truncate_dim is not supported"
+        )
     return CheckpointSettings(
         backbone_folder=_backbone_folder(root, modules),
         pooling_method=_read_pooling(root / modules[1]["path"] / "config.json"),
@@ -135,7 +144,7 @@ def read_settings(path: str | Path) -> CheckpointSettings:
 
 
 def write_settings(path: str | Path, settings: CheckpointSettings, *, hidden_size: int) -> None:
-    """Write modules.json and what belongs to it, in the layout that sentence-transformers 2 to 6 all read.
+    """Write modules.json and what goes with it, as sentence-transformers 2 to 6 all read it.
 
     Args:
         path: Model folder; `settings.backbone_folder` must be the same, and
@@ -167,7 +176,6 @@ def write_settings(path: str | Path, settings: CheckpointSettings, *, hidden_siz
     _write_json(
         root / "config_sentence_transformers.json",
         {
-            "__version__": {},
             "prompts": dict(settings.prompts),
             "default_prompt_name": settings.default_prompt_name,
             "similarity_fn_name": "cosine",
@@ -197,8 +205,8 @@ def _module_kind(root: Path, module: dict[str, Any]) -> str:
     package, _, name = str(module["type"]).rpartition(".")
     if package.partition(".")[0] != "sentence_transformers":
         raise CheckpointError(
-            f"{root / 'modules.json'}: module {module['type']!r} is not one of sentence-transformers' own; "
-            f"vembed runs no code that a checkpoint names"
+            f"{root / 'modules.json'}: module {module['type']!r} is not one of "
+            f"sentence-transformers' own; vembed runs no code that a checkpoint names"
         )
     return name
 
@@ -208,8 +216,8 @@ def _read_transformer_config(folder: Path) -> dict[str, Any]:
     config = _read_json(files[0]) if files else {}
     if config.get("transformer_task", "feature-extraction") != "feature-extraction":
         raise CheckpointError(
-            f"{files[0]}: transformer_task {config['transformer_task']!r} is not an embedding model's "
-            f"(feature-extraction)"
+            f"{files[0]}: transformer_task {config['transformer_task']!r} is not that of an "
+            f"embedding model (feature-extraction)"
         )
     if other := [key for key, value in config.items() if value and key not in _TRANSFORMER_KEYS]:
         logger.warning("%s: not used by vembed: %s", files[0], ", ".join(other))
@@ -225,7 +233,8 @@ def _read_pooling(file: Path) -> str:
     modes = [mode] if isinstance(mode, str) else list(mode)
     if len(modes) != 1 or modes[0] not in POOLING_NAMES:
         raise CheckpointError(
-            f"{file}: vembed pools in one way, of {', '.join(POOLING_NAMES)}. Found: {', '.join(modes)}"
+            f"{file}: vembed pools in one way, of {', '.join(POOLING_NAMES)}. "
+            f"Found: {', '.join(modes)}"
         )
     if config.get("include_prompt") is False:
         raise CheckpointError(f"{file}: include_prompt=false (Instructor models) is not supported")

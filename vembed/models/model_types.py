@@ -1,4 +1,4 @@
-"""The transformers model types that vembed has an encoder for. No name is guessed: an unlisted one is an error."""
+"""The transformers model types that vembed has an encoder for; an unlisted one is an error."""
 
 from __future__ import annotations
 

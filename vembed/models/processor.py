@@ -39,7 +39,8 @@ class TextProcessor:
         special = tokenizer.num_special_tokens_to_add()
         if max_seq_length <= special:
             raise ConfigError(
-                f"max_seq_length: must exceed the {special} special tokens of this model. Received: {max_seq_length}"
+                f"max_seq_length: must exceed the {special} special tokens of this model. "
+                f"Received: {max_seq_length}"
             )
         self.tokenizer = tokenizer
         self.tokenizer.model_max_length = max_seq_length
@@ -134,8 +135,8 @@ def append_end_token(tokenizer: Any) -> None:
     """
     if not tokenizer.is_fast or tokenizer.eos_token is None:
         raise ConfigError(
-            "pooling_method: last_token reads the end token, but this tokenizer has no EOS token or is not a fast one; "
-            "choose another pooling_method"
+            "pooling_method: last_token reads the end token, but this tokenizer has no EOS token "
+            "or is not a fast one; choose another pooling_method"
         )
     backend = tokenizer.backend_tokenizer
     whole = json.loads(backend.to_str())

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from vembed.errors import CheckpointError
 
-_PLAIN = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding"} | {
-    "use_residual": False
+_PLAIN = {
+    "module_input_name": "sentence_embedding",
+    "module_output_name": "sentence_embedding",
+    "use_residual": False,
 }
 
 
@@ -25,11 +27,16 @@ class Projection(nn.Module):
         out_features: int,
         *,
         bias: bool = True,
-        activation: str = "Identity",
+        activation: type[nn.Module] = nn.Identity,
     ) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, out_features, bias=bias)
-        self.activation = getattr(nn, activation)()
+        self.activation = activation()
+
+    @property
+    def out_features(self) -> int:
+        """Columns of the output."""
+        return self.linear.out_features
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """`[B, in_features]` to `[B, out_features]`."""
@@ -42,25 +49,25 @@ class Projection(nn.Module):
 
         Raises:
             CheckpointError: if it is not a plain Dense on sentence embeddings with an activation of
-                torch.nn.
+                torch.nn, or has no weights that fit.
         """
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if odd := {
-            key: config[key] for key, plain in _PLAIN.items() if config.get(key, plain) != plain
-        }:
+        try:
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder}: config.json cannot be read ({error})") from error
+        odd = {key: config[key] for key in _PLAIN if config.get(key, _PLAIN[key]) != _PLAIN[key]}
+        if odd:
             raise CheckpointError(f"{folder}: a Dense module with {odd} is not supported")
-        path = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-        name = path.rpartition(".")[2]
-        found = getattr(nn, name, None) if path.startswith("torch.nn.") else None
-        if not (isinstance(found, type) and issubclass(found, nn.Module)):
-            raise CheckpointError(f"{folder}: activation {path!r} is not a module of torch.nn")
         projection = cls(
             config["in_features"],
             config["out_features"],
             bias=config.get("bias", True),
-            activation=name,
+            activation=_activation(folder, config.get("activation_function")),
         )
-        projection.load_state_dict(_read_weights(folder))
+        try:
+            projection.load_state_dict(_read_weights(folder))
+        except RuntimeError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
         return projection
 
     def save(self, folder: Path) -> None:
@@ -74,10 +81,17 @@ class Projection(nn.Module):
             "activation_function": f"{activation.__module__}.{activation.__qualname__}",
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        weights = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()
-        }
+        weights = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _activation(folder: Path, path: str | None) -> type[nn.Module]:
+    """The class that a config names, of torch.nn only: a checkpoint never says what to import."""
+    package, _, name = (path or "torch.nn.modules.activation.Tanh").rpartition(".")
+    found = getattr(nn, name, None) if package.startswith("torch.nn") else None
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    raise CheckpointError(f"{folder}: activation {path!r} is not a module of torch.nn")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

@@ -46,33 +46,31 @@ class TextEncoder(Encoder):
         *,
         settings: CheckpointSettings,
         projections: Sequence[Projection] = (),
-        pooler: Mapping[str, Tensor] | None = None,
         origins: Mapping[str, str] | None = None,
     ) -> None:
         """Assemble an encoder; `load_text_encoder` does it from a folder.
 
         Args:
-            backbone: A model that returns `last_hidden_state` `[B, T, H]`.
+            backbone: A model that returns `last_hidden_state` `[B, T, H]`; its pooler is taken off.
             processor: Makes the backbone's inputs.
             settings: As resolved: pooling_method and normalize are set.
             projections: Linear layers after pooling.
-            pooler: Weights of the checkpoint's pooler by state-dict name, which no embedding uses;
-                saved as they came.
             origins: Where each setting came from, for `describe`.
         """
         super().__init__()
+        # No embedding uses the pooler: left in place, its parameters would get no gradient, which
+        # data parallelism takes for a bug. Its weights are saved as they came, because a folder
+        # without them would load elsewhere with random ones.
+        self._pooler = _take_off_pooler(backbone)
         self.backbone = backbone
         self.projections = nn.ModuleList(projections)
         self.processor = processor
-        self.model_type: str = backbone.config.model_type
+        self.model_type = backbone.config.model_type
         self.hidden_size: int = backbone.config.hidden_size
-        self.embedding_dim: int = (
-            projections[-1].linear.out_features if projections else self.hidden_size
-        )
-        self.pooling_method: str = str(settings.pooling_method)
-        self.normalize: bool = bool(settings.normalize)
+        self.embedding_dim = projections[-1].out_features if projections else self.hidden_size
+        self.pooling_method = str(settings.pooling_method)
+        self.normalize = bool(settings.normalize)
         self._settings = settings
-        self._pooler = dict(pooler or {})
         self._origins = dict(origins or {})
 
     def forward(self, *, normalize: bool | None = None, **inputs: Tensor) -> Tensor:
@@ -106,14 +104,14 @@ class TextEncoder(Encoder):
             "embedding_dim": self.embedding_dim,
             "dtype": str(weight.dtype).removeprefix("torch."),
             "attention": str(self.backbone.config._attn_implementation),
-            **{name: f"{text}{self._origin(name)}" for name, text in shown.items()},
+            **{
+                name: f"{text} ({self._origins[name]})" if name in self._origins else text
+                for name, text in shown.items()
+            },
         }
 
-    def _origin(self, name: str) -> str:
-        return f" ({self._origins[name]})" if name in self._origins else ""
-
     def save_pretrained(self, path: str | Path) -> None:
-        """Write a folder that sentence-transformers, transformers and vembed read to the same vectors.
+        """Write a folder that sentence-transformers, transformers and vembed read alike.
 
         LoRA adapters are merged into a copy on the CPU; this encoder's own weights stay as they
         are.
@@ -134,21 +132,20 @@ class TextEncoder(Encoder):
             normalize=self.normalize,
             dense_folders=dense,
             max_seq_length=self.processor.max_seq_length,
+            do_lower_case=False,  # the saved tokenizer does it
             prompts=self._prompts(),
         )
         write_settings(folder, settings, hidden_size=self.hidden_size)
 
     def _prompts(self) -> dict[str, str]:
-        """The checkpoint's named prompts, those of the two roles as they are now."""
-        prompts = dict(self._settings.prompts)
-        prompts |= {
+        """The checkpoint's named prompts, with those of the two roles as they are now."""
+        document = self.processor.document_prompt
+        other_names = {"passage", "corpus"} & set(self._settings.prompts)
+        return {
+            **self._settings.prompts,
             "query": self.processor.query_prompt,
-            "document": self.processor.document_prompt,
-        }
-        return prompts | {
-            name: self.processor.document_prompt
-            for name in ("passage", "corpus")
-            if name in prompts
+            "document": document,
+            **dict.fromkeys(sorted(other_names), document),
         }
 
 
@@ -164,7 +161,7 @@ def load_text_encoder(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> TextEncoder:
-    """Load a text encoder from a local folder; the arguments are those of `vembed.models.load_encoder`.
+    """Load a text encoder from a local folder; the arguments are those of `load_encoder`.
 
     Raises:
         ConfigError: if an option does not fit the model.
@@ -174,20 +171,20 @@ def load_text_encoder(
     backbone = _load_backbone(
         stored.backbone_folder, torch_dtype, attn_implementation, trust_remote_code
     )
-    config = backbone.config.to_dict() | {"is_causal": getattr(backbone.config, "is_causal", None)}
-    causal = attends_causally(config)
     tokenizer = _load_tokenizer(stored, trust_remote_code)
-    pooling = _choose(pooling_method, stored.pooling_method, "last_token" if causal else "mean")
-    _check_pooling(pooling.value, causal, backbone.config.model_type)
-    # A checkpoint that declares last-token pooling itself was trained with its tokenizer as it is.
-    lacks_end = pooling.origin != _CHECKPOINT and not ends_with_special_token(tokenizer)
-    if pooling.value == "last_token" and lacks_end:
+    pooling = _choose_pooling(pooling_method, stored.pooling_method, backbone.config)
+    lacks_end = pooling.value == "last_token" and not ends_with_special_token(tokenizer)
+    # A checkpoint that declares last-token pooling was trained with its tokenizer as it is.
+    if lacks_end and pooling.origin != _CHECKPOINT:
         append_end_token(tokenizer)
+    if _position_limit(backbone) is not None:
+        # Learned positions are counted from column 0: left padding would shift them.
+        tokenizer.padding_side = "right"
     chosen = {
         "pooling_method": pooling,
         "normalize": _choose(normalize, stored.normalize, True),
         "max_seq_length": _choose_length(
-            max_seq_length, stored.max_seq_length, tokenizer, backbone
+            max_seq_length, stored.max_seq_length, tokenizer.model_max_length, backbone
         ),
         "query_prompt": _choose(query_prompt, stored.prompt_for("query"), ""),
         "document_prompt": _choose(document_prompt, stored.prompt_for("document"), ""),
@@ -200,16 +197,11 @@ def load_text_encoder(
         default_prompt=stored.prompts.get(stored.default_prompt_name or "", ""),
         input_names=_input_names(tokenizer, backbone),
     )
-    if _position_limit(backbone) is not None:
-        # Learned positions are counted from column 0: left padding would shift them.
-        tokenizer.padding_side = "right"
-    pooler = _take_off_pooler(backbone)
     encoder = TextEncoder(
         backbone,
         processor,
         settings=replace(stored, pooling_method=pooling.value, normalize=chosen["normalize"].value),
         projections=[Projection.load(f).to(backbone.dtype) for f in stored.dense_folders],
-        pooler=pooler,
         origins={name: choice.origin for name, choice in chosen.items()},
     )
     return encoder.eval()
@@ -230,24 +222,39 @@ def _choose(given: Any, stored: Any, default: Any) -> _Choice:
     return _Choice(default, _DEFAULT) if stored is None else _Choice(stored, _CHECKPOINT)
 
 
-def _choose_length(given: int | None, stored: int | None, tokenizer: Any, backbone: Any) -> _Choice:
-    limit = _position_limit(backbone)
-    if given is not None and limit is not None and given > limit:
+def _choose_pooling(given: str | None, stored: str | None, config: Any) -> _Choice:
+    # to_dict leaves out what is not a setting of the class, which is_causal is for most.
+    causal = attends_causally(config.to_dict() | {"is_causal": getattr(config, "is_causal", None)})
+    choice = _choose(given, stored, "last_token" if causal else "mean")
+    check_pooling_method(choice.value)
+    if causal and choice.value == "cls":
+        raise ConfigError(
+            f"pooling_method: cls reads the first token, which in a causal model "
+            f"({config.model_type}) has seen nothing of the text: every text that starts alike "
+            f"would get the same vector. Use last_token or mean"
+        )
+    return choice
+
+
+def _choose_length(
+    given: int | None, stored: int | None, of_tokenizer: int, backbone: Any
+) -> _Choice:
+    limit = _position_limit(backbone) or _UNLIMITED
+    if given is not None and given > limit:
         raise ConfigError(
             f"max_seq_length: this model has positions for {limit} tokens. Received: {given}"
         )
     trained = getattr(backbone.config, "max_position_embeddings", None) or _UNLIMITED
-    own = int(min(tokenizer.model_max_length, trained, limit or _UNLIMITED))
-    if given is None and stored is None and own >= _UNLIMITED:
-        raise ConfigError("max_seq_length: the checkpoint names no limit; set one, such as 512")
-    choice = _choose(given, stored, own)
-    # A published max_seq_length that the position table cannot serve would fail on the first long
-    # text.
-    return choice if limit is None else replace(choice, value=min(choice.value, limit))
+    choice = _choose(given, min(of_tokenizer, trained) if stored is None else stored, None)
+    # A published length that the position table cannot serve would fail on the first long text.
+    length = int(min(choice.value, limit))
+    if length >= _UNLIMITED:
+        raise ConfigError("max_seq_length: the checkpoint names no limit. Set one, such as 512")
+    return replace(choice, value=length)
 
 
 def _position_limit(backbone: Any) -> int | None:
-    """Tokens that a learned table of absolute positions has rows for; None when there is no such table."""
+    """Tokens that a learned table of absolute positions has rows for; None without such a table."""
     for module in backbone.modules():
         for name in ("position_embeddings", "wpe"):
             table = getattr(module, name, None)
@@ -256,15 +263,6 @@ def _position_limit(backbone: Any) -> int | None:
                 first = table.padding_idx + 1 if table.padding_idx is not None else 0
                 return table.num_embeddings - first
     return None
-
-
-def _check_pooling(method: str, causal: bool, model_type: str) -> None:
-    check_pooling_method(method)
-    if causal and method == "cls":
-        raise ConfigError(
-            f"pooling_method: cls reads the first token, which in a causal model ({model_type}) has seen nothing of "
-            f"the text: every text that starts alike would get the same vector. Use last_token or mean"
-        )
 
 
 def _load_backbone(folder: Path, dtype: str, attention: str | None, trust: bool) -> Any:
@@ -276,6 +274,7 @@ def _load_backbone(folder: Path, dtype: str, attention: str | None, trust: bool)
             trust_remote_code=trust,
             output_loading_info=True,
             local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, together with what is missing
             **options,
         )
     except (OSError, SafetensorError) as error:
@@ -283,11 +282,11 @@ def _load_backbone(folder: Path, dtype: str, attention: str | None, trust: bool)
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{folder}: transformers cannot load this model ({error})") from error
     lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
-    lost += sorted(str(entry) for entry in info["mismatched_keys"])
+    lost += sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if lost:
         raise CheckpointError(
-            f"{folder}: {len(lost)} weights are missing or of another shape and would start random, "
-            f"such as {', '.join(lost[:3])}"
+            f"{folder}: {len(lost)} weights are missing or of another shape than config.json says, "
+            f"and would start random: {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}"
         )
     if any(name.startswith("pooler.") for name in info["missing_keys"]):
         backbone.pooler = None
@@ -296,21 +295,18 @@ def _load_backbone(folder: Path, dtype: str, attention: str | None, trust: bool)
 
 
 def _load_tokenizer(stored: CheckpointSettings, trust: bool) -> Any:
+    folder = stored.backbone_folder
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            stored.backbone_folder, trust_remote_code=trust, local_files_only=True
+            folder, trust_remote_code=trust, local_files_only=True
         )
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{stored.backbone_folder}: the tokenizer cannot be read ({error})"
-        ) from error
-    # Without its files, transformers makes an empty tokenizer of the model's class: all text would
-    # be unknown.
+        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
+    # Without its files, transformers makes an empty tokenizer of the model's class, to which every
+    # word is unknown.
     names = tokenizer.vocab_files_names.values()
-    if names and not any((stored.backbone_folder / name).is_file() for name in names):
-        raise CheckpointError(
-            f"{stored.backbone_folder}: no tokenizer (none of {', '.join(names)})"
-        )
+    if names and not any((folder / name).is_file() for name in names):
+        raise CheckpointError(f"{folder}: no tokenizer (none of {', '.join(names)})")
     if stored.do_lower_case:
         lower_case(tokenizer)
     if tokenizer.pad_token is None:
@@ -326,11 +322,7 @@ def _input_names(tokenizer: Any, backbone: Any) -> list[str]:
 
 
 def _take_off_pooler(backbone: Any) -> dict[str, Tensor]:
-    """Remove the head that BERT-like models put on the first token, and return its weights.
-
-    No embedding uses it: left in place, its parameters would get no gradient, which data
-    parallelism takes for a bug.
-    """
+    """Remove the head that BERT-like models put on the first token, and return its weights."""
     pooler = getattr(backbone, "pooler", None)
     if not isinstance(pooler, nn.Module):
         return {}
@@ -344,13 +336,13 @@ def _merged(backbone: Any) -> Any:
 
     if not isinstance(backbone, PeftModel):
         return backbone
-    # Unmerging rounds, so it would not give the live weights back exactly; and a copy on the device
-    # may not fit.
-    on_cpu: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="cpu").copy_(p.detach()), p.requires_grad)
-        for p in backbone.parameters()
-    }
-    on_cpu |= {
-        id(b): torch.empty_like(b, device="cpu").copy_(b.detach()) for b in backbone.buffers()
-    }
-    return copy.deepcopy(backbone, on_cpu).merge_and_unload(safe_merge=True)
+    # Unmerging rounds, so it would not give the live weights back exactly; and a second copy may
+    # not fit on the device. Tensors that the copy finds in the memo are taken from there.
+    memo: dict[int, Any] = {id(b): _on_cpu(b) for b in backbone.buffers()}
+    for parameter in backbone.parameters():
+        memo[id(parameter)] = nn.Parameter(_on_cpu(parameter), parameter.requires_grad)
+    return copy.deepcopy(backbone, memo).merge_and_unload(safe_merge=True)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())

@@ -42,6 +42,7 @@ _ROLE = re.compile(r":[\w:+-]+:`~?([^`<]*?)(?:\s*<[^>]*>)?`")
 _LINK = re.compile(r"\[`+~?([^`\]]+)`+\](?:\([^)]*\))?")
 # Underlines and fences, directives and comments, and the code of doctests.
 _MARKUP_LINE = re.compile(r"^\s*(?:[-=~^*`\"']{3,}.*|\.\. .*|>>>.*|\.\.\. .*)$", re.MULTILINE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SENTENCE_END = re.compile(r"(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bcf)(?<!\betc)[.!?](?=\s|$)")
 _SAYS_NOTHING = re.compile(
     r"(?:see|inherit|alias|same as|deprecated|refer to|internal|todo|fixme|not implemented|overrid|"
@@ -184,7 +185,7 @@ def _split_docstring(docstring: str) -> tuple[str, str]:
 def _plain(text: str) -> str:
     text = _MARKUP_LINE.sub(" ", text)
     text = _LINK.sub(r"\1", _ROLE.sub(r"\1", text))
-    return " ".join(text.replace("`", "").split())
+    return " ".join(_CONTROL.sub(" ", text).replace("`", "").split())
 
 
 def _is_sentence(text: str) -> bool:

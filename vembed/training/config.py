@@ -91,7 +91,7 @@ def load_and_parse_config(
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write every setting as YAML that `--config` reads; a comment says where a value came from."""
-    text = "# Every setting of a run. Behind a value: where it came from, unless it is the default.\n\n"
+    text = "# Every setting of a run. What is not a default says where it came from.\n\n"
     Path(path).write_text(text + render_config(config, config.origins), encoding="utf-8")
 
 

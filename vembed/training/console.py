@@ -12,7 +12,8 @@ from rich.logging import RichHandler
 def configure_logging(*, main_process: bool) -> None:
     """Show vembed's log lines, on the main process from INFO up, on others from WARNING up.
 
-    transformers' own bars about loading weights are silenced: a run has its own. Leaves a logger alone that the caller has configured.
+    transformers' own bars about loading weights are silenced: a run has its own. Leaves a logger
+    alone that the caller has configured.
     """
     transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("vembed")
@@ -20,12 +21,17 @@ def configure_logging(*, main_process: bool) -> None:
         logger.setLevel(logging.WARNING)
     if logger.handlers or logging.getLogger().handlers:
         return
-    console = Console(stderr=True)
-    handler = RichHandler(
-        console=console, show_path=False, show_level=False, show_time=False, highlighter=None
-    )
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
+    logger.addHandler(_handler())
     logger.propagate = False
     if main_process:
         logger.setLevel(logging.INFO)
+
+
+def _handler() -> logging.Handler:
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        # Rich would break lines at 80 columns in a file.
+        return logging.StreamHandler()
+    return RichHandler(
+        console=console, show_path=False, show_level=False, show_time=False, highlighter=None
+    )

@@ -64,7 +64,7 @@ def _wait(processes: Sequence[Process], received: Sequence[int]) -> int:
     """Wait for all to end; returns the first failure's status."""
     status, deadline = 0, None
     while any(process.poll() is None for process in processes):
-        status = status or _first_failure(processes)
+        status = status or _first_failure(processes, quiet=bool(received))
         if (status or received) and deadline is None:
             deadline = time.monotonic() + _GRACE_S
             if not received:
@@ -72,16 +72,17 @@ def _wait(processes: Sequence[Process], received: Sequence[int]) -> int:
         if deadline is not None and time.monotonic() > deadline:
             _kill(processes)
         time.sleep(_POLL_S)
-    return status or _first_failure(processes)
+    return status or _first_failure(processes, quiet=bool(received))
 
 
-def _first_failure(processes: Sequence[Process]) -> int:
+def _first_failure(processes: Sequence[Process], *, quiet: bool) -> int:
     for rank, process in enumerate(processes):
         if process.returncode is not None and process.returncode > 0:
             return process.returncode
         if process.returncode is not None and process.returncode < 0:
             name = signal.Signals(-process.returncode).name
-            sys.stderr.write(f"vembed: process {rank} was ended by {name}\n")
+            if not quiet:
+                sys.stderr.write(f"vembed: process {rank} was ended by {name}\n")
             return 1
     return 0
 

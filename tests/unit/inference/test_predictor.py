@@ -106,5 +106,10 @@ def test_a_device_that_is_not_there_is_an_error(tiny_st_path, device):
         vembed.Predictor(str(tiny_st_path), device=device)
 
 
+def test_items_by_role_as_evaluation_asks_for_them(predictor):
+    items = [Item(text=text) for text in TEXTS]
+    assert np.array_equal(predictor.encode_items(items, "query"), predictor.encode_query(TEXTS))
+
+
 def test_the_longer_name_is_the_same_class():
     assert VEmbedFactoryPredictor is vembed.Predictor is vembed.VEmbedFactoryPredictor

@@ -104,14 +104,14 @@ def make_labelled(seed: int) -> Batch:
 
 def take_queries(batch: Batch, queries: Sequence[int]) -> Batch:
     """The batch of these queries and the documents that are theirs."""
-    rows = torch.tensor(queries)
+    rows = torch.tensor(queries, dtype=torch.int64)
     taken = {key: batch[key][rows] for key in BY_QUERY if key in batch}
     for role, keys in BY_DOCUMENT.items():
         if role not in batch:
             continue
         counts = batch.get(f"counts_{role}", torch.ones(len(batch["query"]), dtype=torch.int64))
         of_query = torch.arange(len(batch[role])).split(counts.tolist())
-        documents = torch.cat([of_query[query] for query in queries])
+        documents = torch.cat([rows[:0], *(of_query[query] for query in queries)])
         if len(documents) or role == "positive":
             taken |= {key: batch[key][documents] for key in keys if key in batch}
         else:
@@ -138,14 +138,14 @@ class Outcome:
 
 def evaluate(criterion: Callable[..., Tensor], batch: Batch) -> Outcome:
     """Call the criterion and differentiate it by everything that can be trained."""
-    batch = dict(batch)
+    batch = accepted_arguments(getattr(criterion, "forward", criterion), batch)
     leaves = {}
     for role in EMBEDDINGS:
         if role in batch:
             batch[role] = leaves[role] = batch[role].detach().clone().requires_grad_()
     if isinstance(criterion, nn.Module):
         leaves |= dict(criterion.named_parameters())
-    loss = criterion(**accepted_arguments(getattr(criterion, "forward", criterion), batch))
+    loss = criterion(**batch)
     assert loss.shape == ()
     grads = torch.autograd.grad(loss, list(leaves.values()))
     return Outcome(loss.detach(), dict(zip(leaves, grads, strict=True)))

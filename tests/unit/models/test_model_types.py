@@ -1,4 +1,4 @@
-"""Every listed model type is loaded, saved and compared with itself in other batches: none is listed on trust."""
+"""Every listed model type is loaded, saved, and compared with itself in other batches."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_every_trainable_parameter_gets_a_gradient(model_type, tmp_path):
 
 @pytest.mark.parametrize("model_type", BIDIRECTIONAL_MODEL_TYPES + CAUSAL_MODEL_TYPES)
 def test_the_listed_attention_is_the_one_the_model_has(model_type, tmp_path):
-    """Change the last token: in a causal model, and in no other, the tokens before it do not notice."""
+    """Change the last token: the tokens before it notice, unless the model is causal."""
     save_tiny(tmp_path, model_type)
     encoder = load_encoder(str(tmp_path))
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9]])

@@ -107,7 +107,7 @@ def test_a_begin_token_stays_when_an_end_token_is_appended(in_sequence, tmp_path
 
 
 def test_an_end_token_is_appended_in_tokenizer_classes_of_their_own(tmp_path):
-    """Those that build their post-processor themselves must not lose it when they are loaded again."""
+    """Those that build their post-processor themselves must not lose it on loading."""
     alphabet = {piece: i for i, piece in enumerate(["<unk>", "<s>", "</s>", "a", "b", "<pad>"])}
     for tokenizer_class in (LlamaTokenizer, Qwen2Tokenizer, GemmaTokenizer):
         tokenizer = tokenizer_class(

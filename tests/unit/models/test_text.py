@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -61,7 +63,7 @@ def test_reads_a_sentence_transformers_folder(pooling, normalize, tiny_bert_path
 @pytest.mark.parametrize("padding_side", ["left", "right"])
 @pytest.mark.parametrize("append_eos", [True, False])
 def test_reads_a_decoder_with_last_token_pooling(padding_side, append_eos, tmp_path):
-    """The checkpoint was trained with its tokenizer as it is: no end token is added behind its back."""
+    """It was trained with its tokenizer as it is: no end token is added behind its back."""
     backbone = tiny_qwen3(tmp_path / "lm", padding_side=padding_side, append_eos=append_eos)
     path = tiny_sentence_transformer(tmp_path / "st", backbone=backbone, pooling="lasttoken")
 
@@ -138,7 +140,7 @@ def test_a_plain_bidirectional_model_is_mean_pooled(tiny_bert_path):
     assert_same(vectors(encoder), expected.numpy())
     described = encoder.describe()
     assert described["pooling_method"] == "mean (default)"
-    assert described["max_seq_length"] == "128 (default)"
+    assert described["max_seq_length"] == "128 (from the checkpoint)"
 
 
 @pytest.mark.parametrize("append_eos", [True, False])
@@ -223,6 +225,22 @@ def test_the_attention_kernel_is_the_one_asked_for(tiny_bert_path):
 # --- what cannot be loaded says why
 
 
+def test_a_wrong_name_is_answered_before_torch_is_imported(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bertt"}))
+    code = f"""
+import sys
+from vembed.models import load_encoder
+for name in ("no/such/folder", "package:nowhere", {str(tmp_path)!r}):
+    try:
+        load_encoder(name)
+    except ValueError:
+        assert "torch" not in sys.modules and "transformers" not in sys.modules
+    else:
+        raise SystemExit(name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_model_type_without_encoder_is_refused(tiny_bert_path, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bertt"}))
     with pytest.raises(ConfigError, match=r"did you mean 'bert'.*Known: albert.*encoder_mode=text"):
@@ -274,6 +292,14 @@ def test_missing_weights_are_not_made_up(tmp_path):
     del weights["encoder.layer.0.output.dense.weight"]
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"1 weights are missing.*layer\.0\.output"):
+        load_encoder(str(path))
+
+
+def test_weights_of_another_shape_are_named(tmp_path):
+    path = tiny_bert(tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+    with pytest.raises(CheckpointError, match=r"6 weights are missing or of another shape"):
         load_encoder(str(path))
 
 
@@ -398,7 +424,7 @@ def test_projections_and_other_prompts_survive_saving(tiny_bert_path, tmp_path):
 
 
 def test_weights_come_back_bit_by_bit_pooler_included(tiny_bert_path, tmp_path):
-    """No embedding uses the pooler, but a model that lost it would load elsewhere with random weights."""
+    """No embedding uses the pooler, but without it the folder loads elsewhere with random ones."""
     load_encoder(str(tiny_bert_path)).save_pretrained(tmp_path)
     before = load_file(tiny_bert_path / "model.safetensors")
     after = load_file(tmp_path / "model.safetensors")
@@ -412,11 +438,24 @@ def test_saving_twice_writes_the_same_bytes(tiny_qwen3_path, tmp_path):
     encoder.save_pretrained(tmp_path / "one")
     vectors(encoder)
     encoder.save_pretrained(tmp_path / "two")
-    files = [f for f in (tmp_path / "one").rglob("*") if f.is_file()]
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_saving_what_was_saved_changes_no_file(tiny_bert_path, tmp_path):
+    source = tiny_sentence_transformer(
+        tmp_path / "st", backbone=tiny_bert_path, dense_features=8, prompts={"passage": "p: "}
+    )
+    (source / "sentence_bert_config.json").write_text('{"do_lower_case": true}')
+    load_encoder(str(source)).save_pretrained(tmp_path / "one")
+    load_encoder(str(tmp_path / "one")).save_pretrained(tmp_path / "two")
+    assert_same_files(tmp_path / "one", tmp_path / "two")
+
+
+def assert_same_files(one, two):
+    files = [f.relative_to(one) for f in one.rglob("*") if f.is_file()]
     assert len(files) > 5
     for file in files:
-        other = tmp_path / "two" / file.relative_to(tmp_path / "one")
-        assert file.read_bytes() == other.read_bytes(), file.name
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
 
 
 def test_half_precision_is_saved_as_such(tiny_bert_path, tmp_path):
@@ -440,7 +479,13 @@ def test_adapters_are_merged_into_what_is_saved_and_go_on_training(backbone_path
     plain = vectors(load_encoder(str(backbone_path)))
     encoder = with_adapters(load_encoder(str(backbone_path)))
     expected = vectors(encoder)
+    encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    encoder.train()
+    inputs = encoder.processor([Item(text=text) for text in TEXTS], role="query")
+    encoder(**inputs)[:, 0].sum().backward()
+    encoder.eval()
     before = copy.deepcopy(encoder.state_dict())
+    gradients = {name: p.grad for name, p in encoder.named_parameters()}
     trainable = [name for name, p in encoder.named_parameters() if p.requires_grad]
 
     encoder.save_pretrained(tmp_path)
@@ -453,6 +498,7 @@ def test_adapters_are_merged_into_what_is_saved_and_go_on_training(backbone_path
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert [name for name, p in encoder.named_parameters() if p.requires_grad] == trainable
+    assert all(p.grad is gradients[name] for name, p in encoder.named_parameters())
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(backbone_path):

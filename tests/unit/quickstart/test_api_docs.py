@@ -47,6 +47,14 @@ def test_name_and_signature_are_a_document_of_their_own():
     assert row.document == "pkg.find_it(x)"
 
 
+def test_control_characters_of_a_docstring_become_spaces():
+    row = make_row(documented("Split text at a\0NUL character. It is \x1b[1mrare."))
+
+    assert row is not None
+    assert row.query == "Split text at a NUL character."
+    assert row.document.endswith("It is [1mrare.")
+
+
 def test_abbreviations_do_not_end_a_sentence():
     row = make_row(documented("Sort sequences, e.g. lists or tuples. In place."))
 

@@ -1,0 +1,97 @@
+"""Several processes of one program: environment, exit status, signals, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vembed.training.local_launch import run_processes
+
+ROOT = Path(__file__).parents[3]
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", f"import os, sys, time, signal\n{code}"]
+
+
+def test_each_process_gets_its_place(tmp_path):
+    code = f"""
+names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+open({str(tmp_path)!r} + "/" + os.environ["RANK"], "w").write(" ".join(os.environ[n] for n in names))
+"""
+    assert run_processes(python(code), 3) == 0
+    places = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
+    assert [place[:5] for place in places] == [
+        [str(rank), str(rank), "3", "3", "127.0.0.1"] for rank in range(3)
+    ]
+    assert len({place[5] for place in places}) == 1
+
+
+def test_threads_are_shared_out_unless_set(tmp_path, monkeypatch):
+    code = f"open({str(tmp_path / 'threads')!r}, 'w').write(os.environ['OMP_NUM_THREADS'])"
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 9)
+    run_processes(python(code), 2)
+    assert (tmp_path / "threads").read_text() == "4"
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    run_processes(python(code), 2)
+    assert (tmp_path / "threads").read_text() == "7"
+
+
+@pytest.mark.parametrize("status", [1, 2, 130])
+def test_the_first_failure_decides_and_ends_the_others(status):
+    code = f"sys.exit({status}) if os.environ['RANK'] == '1' else time.sleep(60)"
+    started = time.monotonic()
+    assert run_processes(python(code), 3) == status
+    assert time.monotonic() - started < 20
+
+
+def test_a_killed_process_counts_as_a_failure(capsys):
+    code = "os.kill(os.getpid(), 9) if os.environ['RANK'] == '0' else time.sleep(60)"
+    assert run_processes(python(code), 2) == 1
+    assert "process 0 was ended by SIGKILL" in capsys.readouterr().err
+
+
+LAUNCHER = """
+import sys
+from vembed.training.local_launch import run_processes
+sys.exit(run_processes([sys.executable, "-c", sys.argv[1]], 2))
+"""
+WORKER = """
+import os, signal, sys, time
+from vembed.training.local_launch import follow_launcher
+def stop(number, frame):
+    print("stopping", flush=True)
+    sys.exit(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+signal.signal(signal.SIGTERM, stop)
+signal.signal(signal.SIGINT, stop)
+follow_launcher()
+print(os.getpid(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGINT, 128 + signal.SIGINT),
+        (signal.SIGKILL, -signal.SIGKILL),
+    ],
+)
+def test_signals_are_passed_on_and_nothing_is_left_behind(number, status):
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, WORKER], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    workers = [int(launcher.stdout.readline()) for _ in range(2)]
+    launcher.send_signal(number)
+    assert launcher.wait(30) == status
+    # The pipe closes when the last process that could write to it has ended.
+    assert launcher.stdout.read().count("stopping") == 2
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
