@@ -42,18 +42,17 @@ def run_on_processes(fn: Callable[..., Any], n: int, *args: Any, timeout: float 
     meeting = tempfile.TemporaryDirectory(prefix="vembed-gloo-")
     context = multiprocessing.get_context(_start_method())
     processes, pipes = [], []
-    for rank in range(n):
-        own_end, child_end = context.Pipe()
-        process = context.Process(
-            target=_child,
-            args=(child_end, _environment(rank, n), f"file://{meeting.name}/group", fn, args),
-            daemon=True,
-        )
-        process.start()
-        child_end.close()
-        processes.append(process)
-        pipes.append(own_end)
     try:
+        for rank in range(n):
+            own_end, child_end = context.Pipe()
+            process = context.Process(
+                target=_child,
+                args=(child_end, _environment(rank, n), f"file://{meeting.name}/group", fn, args),
+            )
+            process.start()
+            child_end.close()
+            processes.append(process)
+            pipes.append(own_end)
         return _collect(pipes, time.monotonic() + timeout, timeout)
     finally:
         for process in processes:

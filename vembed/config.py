@@ -612,8 +612,7 @@ def _reword(place: str, details: list[ErrorDetails]) -> Problem:
         return Problem((place, key), "required, but not set")
     rule = " or ".join(dict.fromkeys(_rule(detail) for detail in details))
     rule = rule.replace(" or expected ", " or ")
-    stop = "" if rule.endswith("?") else "."
-    return Problem((place, key), f"{rule}{stop} Received: {_shown(first['input'])}")
+    return Problem((place, key), f"{rule}. Received: {_shown(first['input'])}")
 
 
 def _rule(detail: ErrorDetails) -> str:

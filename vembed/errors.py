@@ -46,9 +46,9 @@ class DistributedError(VembedError, RuntimeError):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """` -- did you mean 'x' or 'y'?` with the nearest of `known`, or an empty string."""
+    """` (did you mean 'x' or 'y'?)` with the nearest of `known`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
-    return f" -- did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return f" (did you mean {' or '.join(repr(n) for n in near)}?)" if near else ""
 
 
 def exit_status(program: Callable[[], int]) -> int:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import combinations
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,29 @@ def test_every_row_is_in_one_chunk_and_every_chunk_within_its_budget(lengths, it
 def test_the_longest_come_first_and_ties_keep_their_order(lengths):
     order = [row for chunk in plan_chunks(lengths, max_tokens=64) for row in chunk]
     assert order == sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+
+def cost(lengths: list[int], chunks: list[list[int]], overhead: int) -> int:
+    return sum(len(c) * max(lengths[row] for row in c) + overhead for c in chunks)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=7), st.integers(1, 30))
+def test_no_other_cut_of_the_sorted_sequences_costs_less(lengths, overhead):
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    cuts = [
+        [order[i:j] for i, j in zip((0, *where), (*where, len(order)), strict=True)]
+        for count in range(len(order))
+        for where in combinations(range(1, len(order)), count)
+    ]
+    planned = cost(lengths, plan_chunks(lengths, overhead=overhead), overhead)
+    assert planned == min(cost(lengths, chunks, overhead) for chunks in cuts)
+
+
+def test_a_large_overhead_makes_one_chunk_and_a_small_one_many():
+    lengths = [50, 10, 9, 8]
+    assert plan_chunks(lengths, overhead=1000) == [[0, 1, 2, 3]]
+    assert plan_chunks(lengths, overhead=5) == [[0], [1, 2, 3]]
+    assert plan_chunks([], overhead=5) == []
 
 
 def padded(rows: list[list[int]], left: bool) -> dict[str, torch.Tensor]:

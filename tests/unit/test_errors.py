@@ -54,5 +54,5 @@ def test_other_processes_wait_for_the_first_to_speak(monkeypatch, capsys):
 
 
 def test_did_you_mean():
-    assert did_you_mean("epoch", ["epochs", "lr"]) == " -- did you mean 'epochs'?"
+    assert did_you_mean("epoch", ["epochs", "lr"]) == " (did you mean 'epochs'?)"
     assert did_you_mean("zzz", ["epochs", "lr"]) == ""

@@ -26,11 +26,11 @@ class TestResolve:
         [
             (
                 "countr",
-                r"kind: unknown name 'countr' -- did you mean 'counter'\?. Built in: counter",
+                r"kind: unknown name 'countr' \(did you mean 'counter'\?\)\. Built in: counter",
             ),
             (
                 "collections:deqe",
-                r"kind: module 'collections' has no 'deqe' -- did you mean 'deque'",
+                r"kind: module 'collections' has no 'deqe' \(did you mean 'deque'",
             ),
             ("no_such_module:X", "kind: cannot import module 'no_such_module'"),
         ],

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, argv: list[str]) -> int:
     if command not in COMMANDS:
         raise ConfigError(
-            f"unknown command {command!r}{did_you_mean(command, COMMANDS)}\n"
+            f"unknown command {command!r}{did_you_mean(command, COMMANDS)}. "
             f"One of: {', '.join(COMMANDS)}"
         )
     status: int = import_module(COMMANDS[command][0]).main(argv)

@@ -32,6 +32,7 @@ OnProgress = Callable[[float], None]
 DataChoice = str | PathLike[str] | DatasetSpec | Mapping[str, Any]
 
 _PROGRESS_ROWS = 1000
+_READ_ROWS = 1000
 _FEATURES = datasets.Features(
     {
         "query": datasets.Value("large_string"),
@@ -96,6 +97,10 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
     def __getitem__(self, index: int) -> Record:
         return self.__getitems__([index])[0]
 
+    def __iter__(self) -> Iterator[Record]:
+        for start in range(0, len(self), _READ_ROWS):
+            yield from self.__getitems__(range(start, min(start + _READ_ROWS, len(self))))
+
     def __getitems__(self, indices: Sequence[int]) -> list[Record]:
         """Several records at once, as DataLoader asks for them: one read for each part."""
         places = [self._place(index) for index in indices]
@@ -150,7 +155,8 @@ class StreamingRecordDataset(torch.utils.data.IterableDataset[Record]):
     """Rows that are read and checked as they come, from the first to the last.
 
     Attributes:
-        fields: What the first row of every source has, and every further row must have too.
+        fields: What the first row of every source has. Every further row must have it too, but for
+            negatives, of which rows may have any number.
     """
 
     def __init__(self, streams: Sequence[_Stream]) -> None:
@@ -166,12 +172,12 @@ class StreamingRecordDataset(torch.utils.data.IterableDataset[Record]):
         row_index = 0
         for stream in self._streams:
             for record in stream.records():
-                absent = self.fields - record.fields
+                absent = self.fields - record.fields - {"negative"}
                 if absent:
                     raise DataError(
-                        f"{record.where}: {min(absent)}: rows of a stream must have what the "
-                        f"first row has: {', '.join(sorted(self.fields))}. Fill it in, or leave "
-                        "it out of every row"
+                        f"{record.where}: {min(absent)}: rows of a stream must have what its "
+                        f"first row has: {', '.join(sorted(self.fields - {'negative'}))}. "
+                        "Fill it in, or leave it out of every row"
                     )
                 yield replace(record, row_index=row_index)
                 row_index += 1
@@ -448,7 +454,7 @@ def _stored_rows(
 def _generate_columns(
     source: Source,
     column_mapping: tuple[tuple[str, str], ...],
-    code: str,  # noqa: ARG001 - part of the key under which the rows are stored
+    code: str,  # part of the key under which the rows are stored
     progress: _ShareOfProgress,
 ) -> Iterator[dict[str, Any]]:
     for line, row in _checked_rows(source, dict(column_mapping), progress=progress):

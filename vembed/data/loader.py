@@ -207,5 +207,5 @@ class _BatchStream(IterableDataset[Any]):
         )
 
 
-def _without_threads(worker_id: int) -> None:  # noqa: ARG001 - DataLoader passes it
+def _without_threads(_worker_id: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -376,5 +376,5 @@ def _no_such_column(path: str, mapped: tuple[str, str], columns: Sequence[str]) 
 
 
 def _nearest(column: str, columns: Sequence[str]) -> str:
-    nearest = did_you_mean(column, list(columns)).removeprefix(" -- did you mean ")
+    nearest = did_you_mean(column, list(columns)).strip(" ()").removeprefix("did you mean ")
     return f"Did you mean {nearest}" if nearest else "Correct the mapping."

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-# Cosines are compared in steps of 2^-20 (1e-6): coarser than rounding, so equal vectors tie; finer
-# than any difference that means something.
-COSINE_STEPS = 2**20
+# Cosines this close are a tie: more than rounding makes of equal vectors, less than means
+# something.
+TIE = 1e-6
 _BLOCK_ENTRIES = 2**22  # similarities held at once: 32 MB
 _BLOCK_QUERIES = 16  # at least: with fewer, reading a large corpus takes longer than computing
 _DOCUMENTS = 2**14  # documents held in float64 at once
@@ -90,9 +90,9 @@ def find_neighbours(
 def paired_cosines(
     first_ND: NDArray[np.float32], second_ND: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Cosine of row i of one side with row i of the other, in the steps that rankings use."""
+    """Cosine of row i of one side with row i of the other; a zero vector is near nothing."""
     cosines = (_unit_rows(first_ND) * _unit_rows(second_ND)).sum(1)
-    return np.asarray((torch.round(cosines * COSINE_STEPS) / COSINE_STEPS).numpy())
+    return np.asarray(cosines.numpy())
 
 
 def _unit_rows(rows_ND: NDArray[np.float32]) -> Tensor:
@@ -100,7 +100,7 @@ def _unit_rows(rows_ND: NDArray[np.float32]) -> Tensor:
 
 
 def _cosines(queries_qD: NDArray[np.float32], documents_ND: NDArray[np.float32]) -> Tensor:
-    """In float64: rounding depends on where a row stands, and must not part equal vectors."""
+    """In float64: what rounding does to a row depends on its place, and must stay far below TIE."""
     queries = _unit_rows(queries_qD)
     cosines_qN = torch.empty(len(queries_qD), len(documents_ND), dtype=torch.float64)
     for start in range(0, len(documents_ND), _DOCUMENTS):
@@ -121,12 +121,11 @@ def _sort_keys(cosines_qN: Tensor, judgements: Judgements) -> Tensor:
     Sorting by this key is sorting by cosine with ties least relevant first, and one `topk` does
     both.
     """
-    keys_qN = torch.round(cosines_qN * COSINE_STEPS)
     gains = judgements.gains
     loss = np.where(gains < 0, np.inf, gains / (1.0 + max(0.0, gains.max(initial=0.0))))
     rows, columns = torch.from_numpy(judgements.rows), torch.from_numpy(judgements.documents)
-    keys_qN[rows, columns] -= torch.from_numpy(loss)
-    return keys_qN
+    cosines_qN[rows, columns] -= torch.from_numpy(loss * TIE)
+    return cosines_qN
 
 
 def _keep_best(keys_qN: Tensor, block: range, found: Neighbours) -> None:

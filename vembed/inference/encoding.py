@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vembed.chunking import DEFAULT_CHUNK_TOKENS, plan_chunks, take_rows
+from vembed.chunking import DEFAULT_CHUNK_TOKENS, chunk_overhead, plan_chunks, take_rows
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
 
@@ -66,7 +66,12 @@ def encode_items(
             prompts = None if prompt is None else [prompt] * len(window)
             inputs = encoder.processor(window, role=role, prompts=prompts)
             lengths = inputs["attention_mask"].sum(1).tolist()
-            chunks = plan_chunks(lengths, max_items=max_items, max_tokens=chunk_tokens)
+            chunks = plan_chunks(
+                lengths,
+                max_items=max_items,
+                max_tokens=chunk_tokens,
+                overhead=chunk_overhead(where.type),
+            )
             outputs: list[Tensor] = []
             for rows in chunks:
                 chunk = take_rows(inputs, rows, longest=lengths[rows[0]])

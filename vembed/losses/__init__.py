@@ -108,8 +108,8 @@ def build_criterion(
     unfit = [name for name in asked if name not in accepted] + ([] if makes_one else [*loss_kwargs])
     if unfit:
         raise ConfigError(
-            f"loss_type {loss_type!r} has no {' or '.join(unfit)}: leave that out, or choose a loss "
-            "that has it"
+            f"loss_type {loss_type!r} has no {' or '.join(unfit)}: leave that out, or choose a "
+            "loss that has it"
         )
     if not makes_one:
         return cast(Criterion, chosen)

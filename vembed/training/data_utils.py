@@ -59,7 +59,8 @@ def unpack_roles(
 
 def unpack_extras(batch: Mapping[str, Any]) -> dict[str, Any]:
     """What a batch says about its rows: everything that is not a model input."""
-    inputs = (*sum(_PREFIXES.values(), ()), TEACHER_PREFIX)
+    prefixes = sum(_PREFIXES.values(), ())
+    inputs = (*prefixes, *(f"{TEACHER_PREFIX}{prefix}" for prefix in prefixes))
     return {key: value for key, value in batch.items() if not key.startswith(inputs)}
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vembed.chunking import plan_chunks, take_rows
+from vembed.chunking import chunk_overhead, plan_chunks, take_rows
 from vembed.training.objective import Embeddings, StepLoss
 
 Encode = Callable[[dict[str, Tensor]], Tensor]
@@ -109,7 +109,7 @@ class GradientCache:
         """
         chunks = [
             _encode_chunk(plan, encode, inputs, with_graph=self.keep_activations)
-            for plan in self._plan(lengths)
+            for plan in self._plan(inputs, lengths)
         ]
         leaves = _in_row_order(chunks)
         for leaf in leaves.values():
@@ -127,15 +127,20 @@ class GradientCache:
         lengths: Mapping[str, Sequence[int]],
     ) -> Embeddings:
         """Embeddings by role without gradient, through the same chunks."""
-        plans = self._plan(lengths)
+        plans = self._plan(inputs, lengths)
         return _in_row_order([_encode_chunk(p, encode, inputs, with_graph=False) for p in plans])
 
-    def _plan(self, lengths: Mapping[str, Sequence[int]]) -> list[_Plan]:
+    def _plan(
+        self, inputs: Mapping[str, Mapping[str, Tensor]], lengths: Mapping[str, Sequence[int]]
+    ) -> list[_Plan]:
         return [
             _Plan(role, rows, max(of_role[row] for row in rows))
             for role, of_role in lengths.items()
             for rows in plan_chunks(
-                of_role, max_items=self.chunk_size, max_tokens=self.chunk_tokens
+                of_role,
+                max_items=self.chunk_size,
+                max_tokens=self.chunk_tokens,
+                overhead=chunk_overhead(next(iter(inputs[role].values())).device.type),
             )
         ]
 

@@ -63,7 +63,7 @@ def follow_launcher() -> None:
 def _wait(processes: Sequence[Process], received: Sequence[int]) -> int:
     """Wait for all to end; returns the first failure's status."""
     status, deadline = 0, None
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:
         status = status or _first_failure(processes, quiet=bool(received))
         if (status or received) and deadline is None:
             deadline = time.monotonic() + _GRACE_S

@@ -24,6 +24,7 @@ from vembed.modes import RetrievalMode, all_modes
 from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
+from vembed.training.launch_check import check_process_count
 from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
 from vembed.training.optimizer_builder import build_optimizer, build_scheduler, resolve_tracker
 from vembed.training.outcome import RunResult, prove, report, show
@@ -58,8 +59,7 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     set_seed(config.seed)
     encoder = build_model(config).to(accelerator.device)
     check_mode(encoder, config)
-    with accelerator.main_process_first():
-        data = load_run_data(config)
+    data = _load_in_turn(config, accelerator)
     apply_lora(encoder, config, accelerator)
     trainer = build_trainer(config, accelerator, encoder, data)
     _claim_output_dir(config, accelerator)
@@ -79,6 +79,21 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     return result
 
 
+def _load_in_turn(config: TrainConfig, accelerator: Accelerator) -> RunData:
+    """Read the data on the main process first: the others then find it in the cache.
+
+    Unlike `accelerator.main_process_first()`, a main process that raises lets the others go on to
+    the same error, instead of leaving them with a broken connection.
+    """
+    if accelerator.is_main_process:
+        try:
+            return load_run_data(config)
+        finally:
+            accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
+    return load_run_data(config)
+
+
 def raise_problems(config: TrainConfig) -> None:
     """Raise ConfigError with everything that is wrong with the settings, as far as they tell."""
     problems = check(config)
@@ -91,6 +106,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ConfigError: if the precision cannot be had on this device.
+        DistributedError: if fewer processes take part than were asked for.
         DistributedError: if the processes that were launched do not train together.
     """
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
@@ -106,6 +122,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         kwargs_handlers=[ddp],
     )
+    check_process_count(config, accelerator.num_processes)
+    return accelerator
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise DistributedError(
@@ -155,6 +173,12 @@ def build_trainer(
         **config.loss_kwargs,
     )
     check_row_fields(criterion, data.train.fields)
+    if "score" in data.train.fields and "score" not in criterion.required_fields:
+        logger.warning(
+            "every row has a score, which loss_type %s does not look at: pairs of a low score train "
+            "as positives too. loss_type: cosent uses it",
+            config.loss_type,
+        )
     teacher = build_teacher_model(config)
     collate = build_collator(encoder, teacher)
     train_loader = build_train_loader(config, data, collate, accelerator)

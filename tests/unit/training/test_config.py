@@ -242,18 +242,18 @@ class TestComplaints:
         argv = ["--config", file, "--gradient_cache", "--scheduler_typ", "cosin", "stray"]
         argv += ["--epochs", "0", "--lr", "--config_override", "oops", "temprature=0.02"]
         assert problems_of(*argv) == [
-            "--gradient_cache: unknown setting -- did you mean 'use_gradient_cache' or "
-            "'gradient_cache_chunk_size'?",
-            "--scheduler_typ: unknown setting -- did you mean 'scheduler_type' or "
-            "'scheduler_kwargs'?",
+            "--gradient_cache: unknown setting (did you mean 'use_gradient_cache' or "
+            "'gradient_cache_chunk_size'?)",
+            "--scheduler_typ: unknown setting (did you mean 'scheduler_type' or "
+            "'scheduler_kwargs'?)",
             "'stray': not a flag; settings are written --KEY VALUE",
             "--config_override: expected KEY=VALUE. Received: 'oops'",
             "--lr: expected a value after it",
             "train.yaml:2: lr: expected a number. Received: 'fast'",
-            "train.yaml:3: batchsize: unknown setting -- did you mean 'batch_size'?",
-            "train.yaml:4: lora_rank: unknown setting -- did you mean 'lora_r' or 'lora_alpha'?",
-            "--config_override: temprature: unknown setting -- did you mean 'temperature' or "
-            "'learn_temperature'?",
+            "train.yaml:3: batchsize: unknown setting (did you mean 'batch_size'?)",
+            "train.yaml:4: lora_rank: unknown setting (did you mean 'lora_r' or 'lora_alpha'?)",
+            "--config_override: temprature: unknown setting (did you mean 'temperature' or "
+            "'learn_temperature'?)",
             "--epochs: must be above 0. Received: '0'",
         ]
 
@@ -323,7 +323,7 @@ class TestComplaints:
             ),
             (
                 ["--teacher_m", "x"],
-                ["--teacher_m: unknown setting -- did you mean 'teacher_model_name'?"],
+                ["--teacher_m: unknown setting (did you mean 'teacher_model_name'?)"],
             ),
         ],
     )  # fmt: skip

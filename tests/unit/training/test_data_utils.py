@@ -20,6 +20,7 @@ TEXT_BATCH = {
     "positive_attention_mask": torch.tensor([[1, 1, 0]]),
     "ids_query": torch.tensor([7]),
     "lengths_positive": [2],
+    "teacher_scores": torch.tensor([[1.0]]),
     "teacher_query_input_ids": torch.tensor([[9]]),
 }
 
@@ -52,7 +53,7 @@ def test_roles_that_the_batch_lacks_are_left_out():
 
 
 def test_extras_are_what_is_not_an_input():
-    assert set(unpack_extras(TEXT_BATCH)) == {"ids_query", "lengths_positive"}
+    assert set(unpack_extras(TEXT_BATCH)) == {"ids_query", "lengths_positive", "teacher_scores"}
 
 
 def test_lengths_come_from_the_collator_or_from_the_mask():
