@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
@@ -67,6 +67,25 @@ def _split_trackers(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
+
+
+def _whole_or_auto(least: int) -> Callable[[Any], Any]:
+    """A reader of `auto`, null, or a whole number from `least` up."""
+
+    def read(value: Any) -> Any:
+        if value is None or value == "auto":
+            return value
+        if isinstance(value, str) and value.strip().isdigit():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"expected auto or a whole number of at least {least}")
+        return value
+
+    return read
+
+
+PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_or_auto(1))]
+CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
 
 
 class Setting(NamedTuple):
@@ -291,8 +310,16 @@ class TrainConfig(BaseModel):
     use_gradient_cache: bool = Field(
         False, description="Encode in chunks and recompute them: large batches in little memory"
     )
-    gradient_cache_chunk_size: Int = Field(
-        32, gt=0, description="Items per chunk of the gradient cache"
+    gradient_cache_chunk_size: PositiveOrAuto = Field(
+        None,
+        description="Items per chunk of the gradient cache; auto: what fits into memory; null: 32, "
+        "or any number where gradient_cache_chunk_tokens is set",
+    )
+    gradient_cache_chunk_tokens: Int | None = Field(
+        None, gt=0, description="Padded tokens per chunk of the gradient cache; null: no limit"
+    )
+    gradient_cache_keep: CountOrAuto = Field(
+        0, description="Chunks not encoded a second time; auto: as many as fit into memory"
     )
     device: Literal["auto", "cpu"] = Field(
         "auto", description="auto takes an accelerator when there is one"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -108,6 +109,29 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(total)
     return total
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is set on any process. Collective: every process must call it."""
+    if not is_distributed():
+        return flag
+    flags = torch.tensor([flag], dtype=torch.int32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
+
+
+def min_over_processes(number: int, device: torch.device) -> int:
+    """The smallest `number` of all processes. Collective: every process must call it."""
+    if not is_distributed():
+        return number
+    numbers = torch.tensor([number], dtype=torch.int64, device=device)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
+    return int(numbers.item())
+
+
+def local_processes() -> int:
+    """Processes of this run on this machine, as launchers say it; 1 when they do not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if is_distributed() else 1
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter]) -> int:

@@ -65,7 +65,7 @@ def test_a_stream_is_read_to_its_end(check):
         ),
         (PAIRS, ["--loss_type", "cosent"], "score"),
         (PAIRS, ["--loss_kwargs", "{nonsense: 1}"], "nonsense"),
-        (PAIRS, ["--optimizer", "adamv"], "did you mean 'adamw'"),
+        (PAIRS, ["--optimizer", "adamv"], "did you mean 'adam' or 'adamw'"),
         (PAIRS, ["--lr", "x"], "--lr: expected a number"),
         (PAIRS, ["--column_mapping", "{query: question}"], "question"),
     ],

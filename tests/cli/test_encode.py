@@ -96,7 +96,7 @@ def test_it_says_where_the_vectors_are(encode, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "options", "message"),
+    "row",
     [
         ("rows.txt", "", [], "rows.txt: no text in it"),
         ("no.txt", None, [], "no.txt: cannot be read: No such file or directory"),
@@ -128,7 +128,8 @@ def test_it_says_where_the_vectors_are(encode, tmp_path, capsys):
         ("rows.txt", "a\n", ["--model", "/no/model"], "/no/model"),
     ],
 )
-def test_mistakes_leave_no_file(tmp_path, tiny_st_path, capsys, name, text, options, message):
+def test_mistakes_leave_no_file(tmp_path, tiny_st_path, capsys, row):
+    name, text, options, message = row
     path = tmp_path / name
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())

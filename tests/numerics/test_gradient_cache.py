@@ -88,7 +88,7 @@ def test_any_chunking_gives_the_gradient_of_one_graph(double, chunk_size, keep):
     contrastive(scale)(embeddings).total.backward()
     expected = [*(p.grad.clone() for p in encoder.parameters()), scale.grad]
 
-    actual = gradients(GradientCache(chunk_size=chunk_size, keep_activations=keep), encoder)
+    actual = gradients(GradientCache(chunk_size=chunk_size, keep="all" if keep else 0), encoder)
 
     assert difference(expected, actual) <= TOLERANCE
 
@@ -97,7 +97,7 @@ def test_any_chunking_gives_the_gradient_of_one_graph(double, chunk_size, keep):
 def test_recomputed_chunks_draw_the_masks_of_the_first_pass(double, plan):
     torch.manual_seed(0)
     encoder = ToyEncoder(dropout=0.3)
-    kept = gradients(GradientCache(**plan, keep_activations=True), encoder)
+    kept = gradients(GradientCache(**plan, keep="all"), encoder)
     recomputed = gradients(GradientCache(**plan), encoder)
     assert difference(kept, recomputed) <= TOLERANCE
 
@@ -105,7 +105,7 @@ def test_recomputed_chunks_draw_the_masks_of_the_first_pass(double, plan):
 def test_without_replay_the_gradient_is_visibly_wrong(double, monkeypatch):
     torch.manual_seed(0)
     encoder = ToyEncoder(dropout=0.3)
-    kept = gradients(GradientCache(chunk_size=2, keep_activations=True), encoder)
+    kept = gradients(GradientCache(chunk_size=2, keep="all"), encoder)
     monkeypatch.setattr(gradient_cache.RandomState, "restore", lambda self: None)
     recomputed = gradients(GradientCache(chunk_size=2), encoder)
     assert difference(kept, recomputed) > 1e-3
@@ -115,7 +115,7 @@ def test_random_state_goes_on_as_if_nothing_was_recomputed(double):
     encoder = ToyEncoder(dropout=0.3)
     draws = []
     for keep in (True, False):
-        gradients(GradientCache(chunk_size=2, keep_activations=keep), encoder)
+        gradients(GradientCache(chunk_size=2, keep="all" if keep else 0), encoder)
         draws.append(torch.rand(3))
     assert torch.equal(*draws)
 
@@ -147,7 +147,7 @@ def test_a_role_that_the_loss_ignores_and_a_frozen_encoder_are_fine(double):
         return StepLoss(loss, {"task": loss.detach()})
 
     for keep in (True, False):
-        cache = GradientCache(chunk_size=2, keep_activations=keep)
+        cache = GradientCache(chunk_size=2, keep="all" if keep else 0)
         cache.backward(
             encode=lambda inputs: encoder(**inputs),
             inputs=inputs,
@@ -168,3 +168,104 @@ def test_a_role_that_the_loss_ignores_and_a_frozen_encoder_are_fine(double):
         backward=torch.Tensor.backward,
     )
     assert scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 5, "all", "auto"])
+def test_any_number_of_kept_chunks_gives_the_same_gradient(double, keep):
+    torch.manual_seed(0)
+    encoder = ToyEncoder(dropout=0.3)
+    all_kept = gradients(GradientCache(chunk_size=2, keep="all"), encoder)
+    assert (
+        difference(all_kept, gradients(GradientCache(chunk_size=2, keep=keep), encoder))
+        <= TOLERANCE
+    )
+
+
+def count_forwards(cache: GradientCache, encoder: nn.Module) -> tuple[int, int]:
+    """Forward passes with and without a graph in one step."""
+    inputs, lengths = batch()
+    seen = []
+
+    def encode(inputs):
+        seen.append(torch.is_grad_enabled())
+        return encoder(**inputs)
+
+    cache.backward(
+        encode=encode,
+        inputs=inputs,
+        lengths=lengths,
+        objective=contrastive(torch.tensor(1.0)),
+        backward=torch.Tensor.backward,
+    )
+    return seen.count(True), seen.count(False)
+
+
+def test_kept_chunks_are_encoded_once_and_others_twice(double):
+    # 7 + 7 + 3 rows in chunks of at most 100 items: however many chunks, each has a forward with a
+    # graph; those not kept have one without before.
+    plans = GradientCache(chunk_size=2).plan(*batch())
+    total = len(plans)
+    assert total > 8
+    for keep in (0, 3, "all"):
+        kept = total if keep == "all" else keep
+        counts = count_forwards(GradientCache(chunk_size=2, keep=keep), ToyEncoder())
+        assert counts == (total, total - kept)
+
+
+def test_auto_keeps_what_fits(double, monkeypatch):
+    cache = GradientCache(chunk_size=2, keep="auto", memory_share=0.5)
+    count_forwards(cache, ToyEncoder())
+    plans = cache.plan(*batch())
+    needed = [cache._bytes_per_token[p.role] * p.padded_tokens for p in plans]
+    assert min(needed) > 0
+    # Half of this is room for the first three chunks and no more.
+    monkeypatch.setattr(
+        gradient_cache, "available_bytes", lambda device, processes: 2 * sum(needed[:3]) + 1
+    )
+    cache._budget = None
+    with_graph, without = count_forwards(cache, ToyEncoder())
+    probes = 3  # the longest item of each role, measured again
+    assert (with_graph - probes, without) == (len(plans), len(plans) - 3)
+
+
+class OutOfMemory:
+    """An encoder that has memory for so many padded tokens at once."""
+
+    def __init__(self, encoder: nn.Module, tokens: int) -> None:
+        self.encoder = encoder
+        self.tokens = tokens
+
+    def __call__(self, inputs):
+        if inputs["input_ids"].numel() > self.tokens:
+            raise torch.OutOfMemoryError("simulated")
+        return self.encoder(**inputs)
+
+
+def cached_with_limit(encoder: nn.Module, tokens: int, **settings) -> tuple[list[Tensor], int]:
+    inputs, lengths = batch()
+    scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+    encoder.zero_grad()
+    torch.manual_seed(1)
+    cache = GradientCache(chunk_size="auto", **settings)
+    cache.backward(
+        encode=OutOfMemory(encoder, tokens),
+        inputs=inputs,
+        lengths=lengths,
+        objective=contrastive(scale),
+        backward=torch.Tensor.backward,
+    )
+    return [*(p.grad.clone() for p in encoder.parameters()), scale.grad], cache.chunk_tokens
+
+
+def test_out_of_memory_in_the_first_pass_backs_off_and_changes_no_gradient(double):
+    torch.manual_seed(0)
+    encoder = ToyEncoder()
+    expected, _ = cached_with_limit(encoder, tokens=10**9)
+    actual, tokens = cached_with_limit(encoder, tokens=20, chunk_tokens=80)
+    assert tokens <= 20
+    assert difference(expected, actual) <= TOLERANCE
+
+
+def test_one_item_that_does_not_fit_says_what_to_do(double):
+    with pytest.raises(torch.OutOfMemoryError, match="max_seq_length"):
+        cached_with_limit(ToyEncoder(), tokens=3, chunk_tokens=80)

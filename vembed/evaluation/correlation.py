@@ -16,10 +16,8 @@ def pearson(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     x, y = centred[..., 0], centred[..., 1]
     covariance = np.asarray((x * y).sum(axis=-1))
     scale = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-    # Centring leaves rounding residue of a constant column, not 0; its span is exactly 0.
-    span = np.ptp(columns, axis=-2).min(axis=-1)
     result = np.zeros_like(covariance)
-    np.divide(covariance, scale, out=result, where=span > 0)
+    np.divide(covariance, scale, out=result, where=scale > 0)
     return result
 
 

@@ -46,13 +46,15 @@ class MetricChange:
 
     Attributes:
         metric: Such as `ndcg@10`.
-        items: Number of items both were measured on.
+        count: Number of items that both were measured on.
+        items: What they are, in the plural: `"queries"`.
         p_value: Two-sided, of a paired randomisation test: how often swapping the two models'
             answers at random, item by item, gives a difference as large as this one.
     """
 
     metric: str
-    items: int
+    count: int
+    items: str
     before: float
     before_low: float
     before_high: float
@@ -119,7 +121,8 @@ def _change(name: str, before: EvalResult, after: EvalResult) -> MetricChange:
     ]
     return MetricChange(
         metric=name,
-        items=len(before),
+        count=len(before),
+        items=before.items,
         before=before.metrics[name],
         before_low=low_high[0].low,
         before_high=low_high[0].high,

@@ -29,7 +29,6 @@ class ReportData:
     curves: Sequence[str]
     settings: Mapping[str, Any]
     facts: Mapping[str, Any]
-    items: str
 
 
 def build_page(data: ReportData) -> str:
@@ -78,16 +77,16 @@ def _header(data: ReportData) -> str:
     return f"""<header>
 <p class="overline">vembed report</p>
 <h1>{escape(data.title)}</h1>
-{_verdict(data.changes[0], data.items) if data.changes else ""}
+{_verdict(data.changes[0]) if data.changes else ""}
 </header>"""
 
 
-def _verdict(change: MetricChange, items: str) -> str:
+def _verdict(change: MetricChange) -> str:
     metric = escape(metric_label(change.metric))
     verb = {"better": "rose", "worse": "fell", "unclear": "went"}[change.verdict]
     doubt = "" if change.verdict != "unclear" else " The interval holds zero: this may be chance."
     return f"""<p class="verdict">{metric} {verb} from <b class="before">{change.before:.3f}</b>
-to <b class="after">{change.after:.3f}</b> on {change.items:,} held-out {escape(items)}.</p>
+to <b class="after">{change.after:.3f}</b> on {change.count:,} test {escape(change.items)}.</p>
 <p class="doubt"><span class="chip {change.verdict}">{change.difference:+.3f}</span>
 95&nbsp;% interval {change.difference_low:+.3f} to {change.difference_high:+.3f},
 p&nbsp;{_p_relation(change.p_value)}.{doubt}</p>"""
@@ -294,10 +293,10 @@ def _setting(value: Any) -> str:
 def _method(data: ReportData) -> str:
     if not data.changes:
         return ""
-    items = escape(data.items)
+    items = escape(data.changes[0].items)
     return f"""<footer>
-<p>Both models answered the same {items}, none of which was trained on. Intervals: {RESAMPLES:,}
-bootstrap resamples of the {items}, the same ones for both models. p: paired randomisation test,
+<p>Both models answered the same {items}. Intervals: {RESAMPLES:,} bootstrap resamples of the
+{items}, the same ones for both models. p: paired randomisation test,
 {SWAPS:,} random swaps. Equal scores are ordered to the disadvantage of the model, so one that gives
 every text the same vector earns nothing. Metrics follow the definitions of trec_eval.</p>
 </footer>"""

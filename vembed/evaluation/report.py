@@ -48,7 +48,9 @@ def render_table(changes: Sequence[MetricChange], *, title: str | None = None) -
             format_p_value(change.p_value),
         )
     if changes:
-        table.caption = f"{changes[0].items:,} items; below each value its 95 % bootstrap interval"
+        table.caption = (
+            f"{changes[0].count:,} {changes[0].items}; below each value its 95 % bootstrap interval"
+        )
     return table
 
 
@@ -78,7 +80,6 @@ def write_report(
     history: History,
     settings: Mapping[str, Any],
     facts: Mapping[str, Any],
-    items: str = "queries",
 ) -> Path:
     """Write `report.html`, one file that needs nothing else, and the curves again as `curves.png`.
 
@@ -90,7 +91,6 @@ def write_report(
         history: Lines of `metrics.jsonl`; may be empty.
         settings: The resolved configuration. All of it is shown: leave secrets out.
         facts: What to know about the run (model, sizes, time, device, versions), by label.
-        items: What the metrics are taken over, in the plural.
 
     Returns:
         The path of the page.
@@ -107,7 +107,6 @@ def write_report(
         curves=[panel_svg(panel) for panel in panels],
         settings=settings,
         facts=facts,
-        items=items,
     )
     page = folder / REPORT_FILE
     page.write_text(build_page(data), encoding="utf-8")

@@ -27,7 +27,7 @@ class Neighbours:
 
     Attributes:
         documents_QK: Document numbers, best first; -1 where a query has fewer than K candidates.
-        cosines_QK: Their cosines; 0 where the document is -1.
+        cosines_QK: Their cosines, to TIE; 0 where the document is -1.
         right_document_Q: The relevant document that stands highest, at whatever rank; -1 when there
             is none.
         right_rank_Q: Its rank, from 1; 0 when there is none.
@@ -116,15 +116,15 @@ def _blocks(queries: int, documents: int) -> Iterator[range]:
 
 
 def _sort_keys(cosines_qN: Tensor, judgements: Judgements) -> Tensor:
-    """Cosines in whole steps; a relevant document loses part of a step, more for a higher grade.
+    """Cosines, in place, where a relevant document loses half to all of TIE, by its grade.
 
-    Sorting by this key is sorting by cosine with ties least relevant first, and one `topk` does
-    both.
+    Sorting by them puts ties least relevant first, so that one `topk` does both.
     """
     gains = judgements.gains
-    loss = np.where(gains < 0, np.inf, gains / (1.0 + max(0.0, gains.max(initial=0.0))))
+    share = gains / (1.0 + gains.max(initial=0.0))
+    loss = np.where(gains < 0, np.inf, np.where(gains > 0, TIE * (0.5 + share / 2), 0.0))
     rows, columns = torch.from_numpy(judgements.rows), torch.from_numpy(judgements.documents)
-    cosines_qN[rows, columns] -= torch.from_numpy(loss * TIE)
+    cosines_qN[rows, columns] -= torch.from_numpy(loss)
     return cosines_qN
 
 
@@ -133,10 +133,7 @@ def _keep_best(keys_qN: Tensor, block: range, found: Neighbours) -> None:
     candidates = torch.isfinite(best.values)
     rows = slice(block.start, block.stop)
     found.documents_QK[rows] = torch.where(candidates, best.indices, -1).numpy()
-    cosines = (
-        torch.ceil(best.values) / COSINE_STEPS
-    )  # a relevant document's key lies less than one step below
-    found.cosines_QK[rows] = torch.where(candidates, cosines, 0.0).numpy()
+    found.cosines_QK[rows] = torch.where(candidates, best.values, 0.0).numpy()
 
 
 def _place_right_document(

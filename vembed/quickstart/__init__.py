@@ -44,10 +44,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _build_data(folder: Path, console: Console) -> ApiDocs:
     columns = (TextColumn("   {task.description:<24}"), BarColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
         task = progress.add_task("", total=len(PACKAGES))
         return build_api_docs(
             folder,
+            packages=PACKAGES,
             on_package=lambda package: progress.update(task, description=package, advance=1),
         )
 

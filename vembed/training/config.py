@@ -131,7 +131,7 @@ class _HelpFormatter(argparse.HelpFormatter):
 
 
 def _build_parser(prog: str | None) -> argparse.ArgumentParser:
-    """A parser with one flag for each setting, generated from `TrainConfig`."""
+    """A parser of the command line that leaves every complaint to us."""
     parser = _Parser(
         prog=prog,
         usage="%(prog)s --config FILE [--config_override KEY=VALUE ...] [--KEY VALUE ...]",
@@ -154,6 +154,12 @@ def _build_parser(prog: str | None) -> argparse.ArgumentParser:
     )
     # Launchers pass the number of the process on this machine; it is read from the environment.
     one("--local_rank", "--local-rank", help=argparse.SUPPRESS)
+    _add_settings(parser)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
+    """One flag for each setting and each alias, generated from `TrainConfig`."""
     spellings = {name: [name] for name in TrainConfig.model_fields}
     for alias, name in ALIASES.items():
         spellings[name].append(alias)
@@ -173,7 +179,6 @@ def _build_parser(prog: str | None) -> argparse.ArgumentParser:
                 metavar="VALUE",
                 help=shown,
             )
-    return parser
 
 
 def _default(name: str) -> Any:

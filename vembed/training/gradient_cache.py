@@ -10,14 +10,20 @@ plain step; with none kept it is the classical gradient cache.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from vembed.chunking import chunk_overhead, plan_chunks, take_rows
+from vembed.distributed import any_process, local_processes, min_over_processes
+from vembed.training.memory import SavedBytes, available_bytes
 from vembed.training.objective import Embeddings, StepLoss
+
+logger = logging.getLogger(__name__)
 
 Encode = Callable[[dict[str, Tensor]], Tensor]
 
@@ -52,13 +58,18 @@ class _Plan:
     rows: list[int]
     longest: int
 
+    @property
+    def padded_tokens(self) -> int:
+        return len(self.rows) * self.longest
+
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The embeddings of a plan, and what it takes to encode it again."""
+    """The embeddings of a plan; with a graph when `kept`, else with what it takes to make one."""
 
     plan: _Plan
     output: Tensor
+    kept: bool
     random_state: RandomState
 
 
@@ -68,20 +79,28 @@ class GradientCache:
     def __init__(
         self,
         *,
-        chunk_size: int | None = None,
+        chunk_size: int | Literal["auto"] | None = None,
         chunk_tokens: int | None = None,
-        keep_activations: bool = False,
+        keep: int | Literal["auto", "all"] = 0,
+        memory_share: float = 0.6,
     ) -> None:
         """Assign.
 
         Args:
-            chunk_size: Most items in a chunk; None for no limit.
+            chunk_size: Most items in a chunk; None for no limit. `auto` takes as many tokens as
+                fit by a first measurement, and fewer whenever memory runs out all the same.
             chunk_tokens: Most padded tokens in a chunk; None for no limit.
-            keep_activations: Keep every chunk's graph instead of encoding it a second time.
+            keep: Chunks whose graph is kept rather than made again: a number, `all`, or `auto` for
+                as many as fit into `memory_share`.
+            memory_share: Share of the memory that is free at the first step for `auto` to use.
         """
-        self.chunk_size = chunk_size
+        self.chunk_size = None if chunk_size == "auto" else chunk_size
         self.chunk_tokens = chunk_tokens
-        self.keep_activations = keep_activations
+        self.keep = keep
+        self.memory_share = memory_share
+        self._backs_off = chunk_size == "auto"
+        self._budget: int | None = None
+        self._bytes_per_token: dict[str, float] = {}
 
     def backward(
         self,
@@ -101,22 +120,19 @@ class GradientCache:
             inputs: Padded model inputs by role.
             lengths: Real tokens per row, by role: what chunks are planned from.
             objective: Embeddings by role to the loss.
-            backward: Differentiates a scalar. Loss scaling and the divisor of gradient accumulation
-                are applied in it, once, and reach the encoder through the embeddings' gradient.
+            backward: Differentiates a scalar. Loss scaling is applied in it, once, and reaches the
+                encoder through the embeddings' gradient.
 
         Returns:
             The loss, its total without a graph.
         """
-        chunks = [
-            _encode_chunk(plan, encode, inputs, with_graph=self.keep_activations)
-            for plan in self._plan(inputs, lengths)
-        ]
+        chunks = self._encode_all(encode, inputs, lengths)
         leaves = _in_row_order(chunks)
         for leaf in leaves.values():
             leaf.requires_grad_()
         loss = objective(leaves)
         backward(loss.total)
-        self._backward_chunks(chunks, encode, inputs, leaves)
+        _backward_chunks(chunks, encode, inputs, leaves)
         return StepLoss(loss.total.detach(), loss.parts)
 
     def embed(
@@ -127,12 +143,13 @@ class GradientCache:
         lengths: Mapping[str, Sequence[int]],
     ) -> Embeddings:
         """Embeddings by role without gradient, through the same chunks."""
-        plans = self._plan(inputs, lengths)
-        return _in_row_order([_encode_chunk(p, encode, inputs, with_graph=False) for p in plans])
+        plans = self.plan(inputs, lengths)
+        return _in_row_order([_encode_chunk(p, encode, inputs, kept=False) for p in plans])
 
-    def _plan(
+    def plan(
         self, inputs: Mapping[str, Mapping[str, Tensor]], lengths: Mapping[str, Sequence[int]]
     ) -> list[_Plan]:
+        """How a batch would be cut: chunks of each role in turn, the longest sequences first."""
         return [
             _Plan(role, rows, max(of_role[row] for row in rows))
             for role, of_role in lengths.items()
@@ -140,39 +157,144 @@ class GradientCache:
                 of_role,
                 max_items=self.chunk_size,
                 max_tokens=self.chunk_tokens,
-                overhead=chunk_overhead(next(iter(inputs[role].values())).device.type),
+                overhead=chunk_overhead(_device_of(inputs).type),
             )
         ]
 
-    def _backward_chunks(
+    def _encode_all(
         self,
-        chunks: list[_Chunk],
         encode: Encode,
         inputs: Mapping[str, Mapping[str, Tensor]],
-        leaves: Embeddings,
+        lengths: Mapping[str, Sequence[int]],
+    ) -> list[_Chunk]:
+        """The first pass; with an automatic chunk size, in smaller chunks until it fits."""
+        device = _device_of(inputs)
+        if self._measures and self._budget is None:
+            self._look_at_memory(encode, inputs, lengths)
+        if not self._backs_off:
+            return self._encode_plans(self.plan(inputs, lengths), encode, inputs)
+        before = RandomState(device)
+        while True:
+            plans = self.plan(inputs, lengths)
+            chunks: list[_Chunk] | None = None
+            try:
+                chunks = self._encode_plans(plans, encode, inputs)
+            except torch.OutOfMemoryError:
+                logger.warning("memory ran out in the first pass; starting it over")
+            if not any_process(chunks is None, device):
+                return chunks or []
+            # No gradient exists yet, so that starting over changes nothing but time.
+            before.restore()
+            smallest = max(len(plan.rows) for plan in plans) == 1
+            if any_process(chunks is None and smallest, device):
+                raise _too_long(max(plan.longest for plan in plans))
+            largest = max(plan.padded_tokens for plan in plans)
+            self._set_chunk_tokens(largest // 2, device)
+
+    def _encode_plans(
+        self, plans: list[_Plan], encode: Encode, inputs: Mapping[str, Mapping[str, Tensor]]
+    ) -> list[_Chunk]:
+        chunks: list[_Chunk] = []
+        kept_bytes = 0.0
+        for number, plan in enumerate(plans):
+            needed = self._bytes_per_token.get(plan.role, 0.0) * plan.padded_tokens
+            kept = self._is_kept(number, kept_bytes + needed)
+            # The longest chunk of a role shows in the first pass whether the second will fit.
+            if self._backs_off and all(chunk.plan.role != plan.role for chunk in chunks):
+                kept = True
+            chunks.append(_encode_chunk(plan, encode, inputs, kept=kept))
+            kept_bytes += needed if kept else 0.0
+        return chunks
+
+    @property
+    def _measures(self) -> bool:
+        return self.keep == "auto" or self._backs_off
+
+    def _is_kept(self, number: int, kept_bytes: float) -> bool:
+        if self.keep == "all":
+            return True
+        if self.keep == "auto":
+            return self._budget is not None and kept_bytes <= self._budget
+        return number < self.keep
+
+    def _look_at_memory(
+        self,
+        encode: Encode,
+        inputs: Mapping[str, Mapping[str, Tensor]],
+        lengths: Mapping[str, Sequence[int]],
     ) -> None:
-        grads = [_grad_rows(leaves[chunk.plan.role], chunk.plan.rows) for chunk in chunks]
-        if self.keep_activations:
-            _backward([chunk.output for chunk in chunks], grads)
-            return
-        after = RandomState(chunks[0].output.device)
-        for chunk, grad in zip(chunks, grads, strict=True):
-            chunk.random_state.restore()
-            _backward([encode(_take(chunk.plan, inputs))], [grad])
-        after.restore()
+        """Measure what a token keeps, on the longest item of each role, and what there is."""
+        device = _device_of(inputs)
+        before = RandomState(device)
+        self._budget = int(self.memory_share * available_bytes(device, local_processes()))
+        for role, of_role in lengths.items():
+            longest = max(range(len(of_role)), key=lambda row: of_role[row])
+            plan = _Plan(role, [longest], of_role[longest])
+            try:
+                with SavedBytes() as saved:
+                    _encode_chunk(plan, encode, inputs, kept=True)
+            except torch.OutOfMemoryError as error:
+                raise _too_long(plan.longest) from error
+            self._bytes_per_token[role] = saved.total / plan.padded_tokens
+        before.restore()
+        if self._backs_off and self.chunk_tokens is None:
+            per_token = max(1.0, *self._bytes_per_token.values())
+            fitting = int(self._budget / per_token)
+            self._set_chunk_tokens(min(fitting, _largest_useful(device)), device)
+
+    def _set_chunk_tokens(self, tokens: int, device: torch.device) -> None:
+        """The same on every process, so that all run out of memory, or none."""
+        self.chunk_tokens = max(1, min_over_processes(tokens, device))
+        logger.info("gradient cache: at most %d padded tokens per chunk", self.chunk_tokens)
+
+
+def _largest_useful(device: torch.device) -> int:
+    """Padded tokens beyond which a chunk gets no faster."""
+    return 4096 if device.type == "cpu" else 2**17
+
+
+def _too_long(longest: int) -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError(
+        f"memory runs out on a single item, the longest of which has {longest} tokens. Set "
+        "max_seq_length lower, or gradient_checkpointing: true"
+    )
 
 
 def _encode_chunk(
-    plan: _Plan, encode: Encode, inputs: Mapping[str, Mapping[str, Tensor]], *, with_graph: bool
+    plan: _Plan, encode: Encode, inputs: Mapping[str, Mapping[str, Tensor]], *, kept: bool
 ) -> _Chunk:
     taken = _take(plan, inputs)
-    random_state = RandomState(next(iter(taken.values())).device)
-    with torch.set_grad_enabled(with_graph):
-        return _Chunk(plan, encode(taken), random_state)
+    random_state = RandomState(_device_of(inputs))
+    with torch.set_grad_enabled(kept):
+        return _Chunk(plan, encode(taken), kept, random_state)
+
+
+def _backward_chunks(
+    chunks: list[_Chunk],
+    encode: Encode,
+    inputs: Mapping[str, Mapping[str, Tensor]],
+    leaves: Embeddings,
+) -> None:
+    grads = [_grad_rows(leaves[chunk.plan.role], chunk.plan.rows) for chunk in chunks]
+    pairs = list(zip(chunks, grads, strict=True))
+    # Together, so that gradients of one parameter are summed as in a single graph; and first, so
+    # that their memory is free when the rest is encoded again.
+    kept = [(chunk.output, grad) for chunk, grad in pairs if chunk.kept]
+    _backward([output for output, _ in kept], [grad for _, grad in kept])
+    after = RandomState(_device_of(inputs))
+    for chunk, grad in pairs:
+        if not chunk.kept:
+            chunk.random_state.restore()
+            _backward([encode(_take(chunk.plan, inputs))], [grad])
+    after.restore()
 
 
 def _take(plan: _Plan, inputs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return take_rows(inputs[plan.role], plan.rows, plan.longest)
+
+
+def _device_of(inputs: Mapping[str, Mapping[str, Tensor]]) -> torch.device:
+    return next(iter(next(iter(inputs.values())).values())).device
 
 
 def _in_row_order(chunks: list[_Chunk]) -> Embeddings:

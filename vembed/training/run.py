@@ -173,7 +173,7 @@ def build_trainer(
         **config.loss_kwargs,
     )
     check_row_fields(criterion, data.train.fields)
-    if "score" in data.train.fields and "score" not in criterion.required_fields:
+    if "score" in data.train.fields and "score" not in getattr(criterion, "required_fields", ()):
         logger.warning(
             "every row has a score, which loss_type %s does not look at: pairs of a low score train "
             "as positives too. loss_type: cosent uses it",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ from vembed.training.training_loop import TrainState, run_training_loop
 
 Batch = Mapping[str, Any]
 
+logger = logging.getLogger(__name__)
+
+_DEFAULT_CHUNK_SIZE = 32
 _SUPPORTED = {
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -111,10 +115,8 @@ class Trainer:
         self.state = TrainState()
         alpha = self.config.distillation_alpha if distillation_loss_fn is not None else 1.0
         self.objective = Objective(criterion, distillation_loss_fn, alpha)
-        self.plain_step = GradientCache(
-            chunk_tokens=self.config.chunk_tokens, keep_activations=True
-        )
-        self.gradient_cache = GradientCache(chunk_size=self.config.gradient_cache_chunk_size)
+        self.plain_step = GradientCache(chunk_tokens=self.config.chunk_tokens, keep="all")
+        self.gradient_cache = _build_gradient_cache(self.config)
         self._clamp = getattr(criterion, "clamp", None)
 
     def prepare(self) -> None:
@@ -277,6 +279,18 @@ class Trainer:
                 f"{len(unused)} trainable parameters got no gradient in a step: {shown}. "
                 "Freeze them, or set ddp_find_unused_parameters: true to allow it"
             )
+
+
+def _build_gradient_cache(config: TrainConfig) -> GradientCache:
+    size, tokens = config.gradient_cache_chunk_size, config.gradient_cache_chunk_tokens
+    if size is None and tokens is None:
+        size = _DEFAULT_CHUNK_SIZE
+    if config.use_gradient_cache and size == 1:
+        logger.info(
+            "gradient_cache_chunk_size: 1 is exact and slow; a larger one gives the same gradient, "
+            "and auto takes what fits into memory"
+        )
+    return GradientCache(chunk_size=size, chunk_tokens=tokens, keep=config.gradient_cache_keep)
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:

@@ -175,7 +175,7 @@ def test_mapped_column_that_no_row_has():
 @pytest.mark.parametrize(
     ("mapping", "message"),
     [
-        ({"qery": "a"}, "'qery' is no field of vembed -- did you mean 'query'"),
+        ({"qery": "a"}, "'qery' is no field of vembed .did you mean 'query'"),
         ({"query": 3}, "expected the name of a column"),
         ({"query": ""}, "expected the name of a column"),
         ({"query": "a", "text": "b"}, "query can come from one column only"),

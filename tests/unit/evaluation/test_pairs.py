@@ -29,6 +29,13 @@ def test_correlations_equal_scipy_with_ties():
         assert spearman(columns)[row] == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
 
 
+def test_a_constant_column_correlates_with_nothing():
+    for size in range(3, 30):  # the mean of equal numbers is not always exactly that number
+        columns = np.stack([np.full(size, 0.1), np.sqrt(np.arange(size))], axis=1)
+        assert pearson(columns) == pytest.approx(0, abs=1e-9)
+        assert spearman(columns) == 0
+
+
 def test_roles_are_query_and_document():
     roles = []
     task = GradedPairsTask(

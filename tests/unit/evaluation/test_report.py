@@ -17,7 +17,7 @@ NASTY = '<script>alert("1")</script> & "quoted" \'single\''
 def change(metric="ndcg@10", before=0.633, after=0.727, half=0.02):
     difference = after - before
     return MetricChange(
-        metric=metric, items=1203, p_value=0.0001,
+        metric=metric, count=1203, items="queries", p_value=0.0001,
         before=before, before_low=before - half, before_high=before + half,
         after=after, after_low=after - half, after_high=after + half, difference=difference,
         difference_low=difference - half / 2, difference_high=difference + half / 2,
@@ -114,7 +114,7 @@ def test_what_users_wrote_is_escaped(tmp_path):
 def test_the_page_tells_the_numbers(tmp_path):
     page = write(tmp_path).read_text(encoding="utf-8")
     text = " ".join(re.sub(r"<(style|svg).*?</\1>|<[^>]+>", " ", page, flags=re.DOTALL).split())
-    assert "nDCG@10 rose from 0.633 to 0.727 on 1,203 held-out queries." in text
+    assert "nDCG@10 rose from 0.633 to 0.727 on 1,203 test queries." in text
     assert "+0.094 95&nbsp;% interval +0.084 to +0.104, p&nbsp;&lt;&nbsp;0.001." in text
     assert (
         "Of 1,203 queries, the right answer stands higher for 700 , lower for 3 , and where" in text

@@ -34,6 +34,7 @@ def test_ranks_as_sorting_everything_does_whatever_the_block(monkeypatch):
     queries, documents, gains = random_case()
     expected, cosines = slow_ranks(queries, documents, gains)
     for queries_at_once in (1, 5, 1000):
+        monkeypatch.setattr(search, "_DOCUMENTS", queries_at_once + 6)
         monkeypatch.setattr(search, "_BLOCK_QUERIES", queries_at_once)
         monkeypatch.setattr(search, "_BLOCK_ENTRIES", 1 if queries_at_once < 1000 else 2**20)
         found = find_neighbours(queries, documents, judge_by(gains), depth=20)
@@ -49,7 +50,10 @@ def test_ranks_as_sorting_everything_does_whatever_the_block(monkeypatch):
             )
 
 
-def test_the_right_document_and_its_rank_are_found_beyond_the_depth():
+@pytest.mark.parametrize("queries_at_once", [3, 1000])
+def test_the_right_document_and_its_rank_are_found_beyond_the_depth(queries_at_once, monkeypatch):
+    monkeypatch.setattr(search, "_BLOCK_QUERIES", queries_at_once)
+    monkeypatch.setattr(search, "_BLOCK_ENTRIES", 1)
     queries, documents, gains = random_case(seed=1)
     gains[3] = 0
     expected, _ = slow_ranks(queries, documents, gains)
@@ -83,9 +87,7 @@ def test_equal_vectors_tie_although_a_matrix_product_rounds():
     gains[:, 7] = 1
     queries = rng.standard_normal((40, 384)).astype(np.float32)
     ranks = find_neighbours(queries, documents, judge_by(gains), depth=1).right_rank_Q
-    # Rounding to float32 makes the copies differ by 1e-8; that parts them where their cosine lies
-    # as near as that to the border between two steps, about one time in twenty.
-    assert (ranks == 301).mean() > 0.8
+    assert ranks.tolist() == [301] * 40
 
 
 def test_what_is_no_candidate_is_left_out_and_the_row_padded():
@@ -94,8 +96,16 @@ def test_what_is_no_candidate_is_left_out_and_the_row_padded():
         np.eye(3, dtype=np.float32)[:1], np.eye(3, dtype=np.float32), judge_by(gains), depth=9
     )
     assert found.documents_QK.tolist() == [[1, 2, -1]]
-    assert found.cosines_QK.tolist() == [[0, 0, 0]]
+    assert found.cosines_QK == pytest.approx(np.zeros((1, 3)), abs=1e-6)
     assert found.right_rank_Q.tolist() == [2]
+
+
+def test_a_difference_that_is_no_tie_decides():
+    query, gains = np.array([[1, 0]], dtype=np.float32), np.array([[1.0, 0]])
+    # The cosine of a small slope is 1 - slope^2 / 2: 1 - 2e-7 ties with 1, 1 - 4.5e-6 does not.
+    for slope, rank in ((0.0006, 2), (0.003, 1)):
+        documents = np.array([[1, 0], [1, slope]], dtype=np.float32)
+        assert find_neighbours(query, documents, judge_by(gains), depth=1).right_rank_Q == [rank]
 
 
 def test_paired_cosines():

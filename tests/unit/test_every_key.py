@@ -1,0 +1,286 @@
+"""Every setting changes something: a run with another value leaves or says something else.
+
+A setting that does nothing is worse than none. For each key, two tiny runs that differ in it alone
+are observed: weights, settings of the saved model, metrics, files, log lines, the error if there is
+one. The few that change only how a run computes have a proof of their own.
+"""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from tests.tiny import tiny_sentence_transformer
+from vembed.config import TrainConfig
+from vembed.errors import ConfigError, DistributedError, VembedError
+from vembed.models import load_encoder
+from vembed.training.launch_check import check_process_count
+from vembed.training.model_builder import build_model
+from vembed.training.optimizer_builder import resolve_tracker
+from vembed.training.run import run_training
+from vembed.training.trainer import Trainer
+
+# key: (another value, settings of both runs that let it matter). Paths stand in angle brackets.
+CHANGES = {
+    "model_name": ("<other model>", {}),
+    "encoder_mode": ("vembed.models:NoSuchEncoder", {}),
+    "trust_remote_code": (True, {"model_name": "owner/name"}),
+    "pooling_method": ("cls", {}),
+    "normalize_embeddings": (False, {}),
+    "max_seq_length": (5, {}),
+    "query_prompt": ("old ", {}),
+    "document_prompt": ("old ", {}),
+    "torch_dtype": ("bfloat16", {}),
+    "attn_implementation": ("eager", {}),
+    "use_lora": (True, {}),
+    "lora_r": (2, {"use_lora": True}),
+    "lora_alpha": (64, {"use_lora": True}),
+    "lora_dropout": (0.5, {"use_lora": True}),
+    "lora_target_modules": (["query"], {"use_lora": True}),
+    "data_path": ("<swapped pairs>", {}),
+    "val_data_path": ("<pairs>", {}),
+    "test_data_path": ("<beir>", {}),
+    "holdout_ratio": (0.5, {}),
+    "retrieval_mode": ("t2i", {}),
+    "column_mapping": ({"query": "positive", "positive": "query"}, {}),
+    "image_root": ("images", {}),
+    "streaming": (True, {"holdout_ratio": 0}),
+    "shuffle_buffer_size": (1, {"streaming": True, "holdout_ratio": 0}),
+    "max_train_samples": (6, {}),
+    "drop_last": (True, {"max_steps": None, "epochs": 1, "batch_size": 15}),
+    "loss_type": ("supcon", {}),
+    "loss_kwargs": ({"nonsense": 1}, {}),
+    "temperature": (1.0, {}),
+    "learn_temperature": (True, {}),
+    "loss_bidirectional": (True, {}),
+    "teacher_model_name": ("<other model>", {}),
+    "distillation_alpha": (0.1, {"teacher_model_name": "<other model>"}),
+    "distillation_temperature": (1.0, {"teacher_model_name": "<other model>"}),
+    "epochs": (1, {"max_steps": None}),
+    "max_steps": (1, {}),
+    "batch_size": (5, {}),
+    "gradient_accumulation_steps": (2, {}),
+    "lr": (0.1, {}),
+    "optimizer": ("sgd", {}),
+    "optimizer_betas": ((0.1, 0.2), {}),
+    "optimizer_eps": (0.1, {}),
+    "optimizer_kwargs": ({"maximize": True}, {}),
+    "weight_decay": (0.9, {}),
+    "scheduler_type": ("constant", {}),
+    "scheduler_kwargs": ({"num_cycles": 3}, {"scheduler_type": "cosine"}),
+    "warmup_ratio": (1.0, {}),
+    "warmup_steps": (2, {}),
+    "max_grad_norm": (1e-3, {"optimizer": "sgd"}),
+    "seed": (1, {}),
+    "mixed_precision": ("bf16", {}),
+    "device": ("auto", {"mixed_precision": "fp16"}),
+    "ddp_static_graph": (True, {"use_gradient_cache": True}),
+    "output_dir": ("elsewhere", {}),
+    "logging_steps": (2, {}),
+    "eval_steps": (1, {"val_data_path": "<pairs>"}),
+    "save_steps": (1, {}),
+    "save_total_limit": (1, {"save_steps": 1}),
+    "metric_for_best": ("nonsense", {"val_data_path": "<pairs>"}),
+    "report_to": (["tensorboard"], {}),
+}
+BASE = {
+    "model_name": "<model>",
+    "data_path": "<pairs>",
+    "max_steps": 2,
+    "batch_size": 4,
+    "lr": 0.01,
+    "logging_steps": 1,
+    "device": "cpu",
+    "output_dir": "run",
+    "progress": False,
+}
+
+_READ = ("config.json", "modules.json", "config_sentence_transformers.json", "metrics.jsonl")
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny_st_path, pairs_path, beir_path):
+    """What the names in angle brackets stand for."""
+    folder = tmp_path_factory.mktemp("every-key")
+    rows = [json.loads(line) for line in pairs_path.read_text().splitlines()]
+    swapped = folder / "pairs.jsonl"
+    lines = [json.dumps({"query": r["positive"], "positive": r["query"]}) for r in rows]
+    swapped.write_text("\n".join(lines))
+    other = tiny_sentence_transformer(folder / "model", pooling="cls")
+    return {
+        "<model>": str(tiny_st_path),
+        "<other model>": str(other),
+        "<pairs>": str(pairs_path),
+        "<swapped pairs>": str(swapped),
+        "<beir>": str(beir_path),
+    }
+
+
+@pytest.fixture
+def resolve(places):
+    """Settings with the paths in place of their names."""
+
+    def replace(settings: dict) -> dict:
+        return {k: places.get(v, v) if isinstance(v, str) else v for k, v in settings.items()}
+
+    return replace
+
+
+def observe(settings: dict, folder: Path, monkeypatch, caplog) -> dict:
+    """What a run with these settings leaves and says."""
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    caplog.clear()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    error = None
+    with caplog.at_level(logging.INFO, logger="vembed"):
+        try:
+            run_training(settings)
+        except VembedError as raised:
+            error = str(raised)
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    seen = {"error": error, "files": files, "log": caplog.messages}
+    for path in map(Path, files):
+        if path.name == "model.safetensors":
+            seen[str(path)] = hashlib.sha256((folder / path).read_bytes()).hexdigest()
+        elif path.name in _READ:
+            seen[str(path)] = (folder / path).read_text()
+    return seen
+
+
+@pytest.fixture
+def observed(tmp_path, monkeypatch, caplog, resolve):
+    """Observes runs of `BASE` with some settings, each in a folder of its own."""
+    numbers = iter(range(10))
+
+    def run(**settings) -> dict:
+        folder = tmp_path / str(next(numbers))
+        return observe(resolve({**BASE, **settings}), folder, monkeypatch, caplog)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def baselines() -> dict:
+    """Observations that several tests compare with, by their settings."""
+    return {}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_another_value_changes_the_run(key, observed, baselines):
+    value, settings = CHANGES[key]
+    name = json.dumps(settings)
+    if name not in baselines:
+        baselines[name] = observed(**settings)
+    assert observed(**settings, **{key: value}) != baselines[name]
+
+
+def test_the_same_settings_change_nothing(observed):
+    assert observed() == observed()
+
+
+class TestWhatOnlyChangesHowARunComputes:
+    """Named `test_KEY`, one for each key that is not in `CHANGES`."""
+
+    def test_revision(self, resolve):
+        messages = []
+        for revision in (None, "abc123"):
+            with pytest.raises(VembedError) as caught:
+                build_model({"model_name": "owner/name", "revision": revision})
+            messages.append(str(caught.value))
+        assert "abc123" in messages[1]
+        assert messages[0] != messages[1]
+
+    def test_num_workers(self, observed, monkeypatch):
+        counts = []
+        build = torch.utils.data.DataLoader.__init__
+
+        def spy(loader, *args, num_workers=0, **kwargs):
+            counts.append(num_workers)
+            build(loader, *args, num_workers=num_workers, **kwargs)
+
+        monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", spy)
+        assert observed(num_workers=1)["error"] is None
+        assert 1 in counts
+
+    def test_chunk_tokens(self, observed, monkeypatch):
+        forwards = []
+        embed = Trainer._embed
+        monkeypatch.setattr(
+            Trainer, "_embed", lambda self, inputs: forwards.append(1) or embed(self, inputs)
+        )
+        observed(chunk_tokens=10_000)
+        few, forwards[:] = len(forwards), []
+        observed(chunk_tokens=1)
+        assert few == 2 * 2  # two roles in each of two steps
+        assert len(forwards) == 2 * 2 * BASE["batch_size"]
+
+    def test_gradient_checkpointing(self, resolve):
+        settings = resolve({"model_name": "<model>"})
+        assert not build_model(settings).backbone.is_gradient_checkpointing
+        assert build_model(
+            {**settings, "gradient_checkpointing": True}
+        ).backbone.is_gradient_checkpointing
+
+    def test_use_gradient_cache_and_its_gradient_cache_chunk_size(self, observed, monkeypatch):
+        sizes = []
+        cached = Trainer._step_cached
+
+        def spy(trainer, batch):
+            sizes.append(trainer.gradient_cache.chunk_size)
+            return cached(trainer, batch)
+
+        monkeypatch.setattr(Trainer, "_step_cached", spy)
+        observed()
+        assert sizes == []
+        observed(use_gradient_cache=True, gradient_cache_chunk_size=3)
+        assert sizes == [3, 3]
+
+    def test_num_processes(self):
+        check_process_count({"num_processes": 1}, 1)
+        with pytest.raises(DistributedError):
+            check_process_count({"num_processes": 2}, 1)
+
+    def test_ddp_find_unused_parameters(self, observed, monkeypatch, places):
+        encoder = load_encoder(places["<model>"])
+        encoder.backbone.unused = torch.nn.Parameter(torch.zeros(1))
+        monkeypatch.setattr("vembed.training.run.build_model", lambda config: encoder.train())
+        assert "1 trainable parameters got no gradient" in observed()["error"]
+        assert observed(ddp_find_unused_parameters=True)["error"] is None
+
+    def test_overwrite_output_dir(self, resolve, tmp_path):
+        settings = resolve({**BASE, "output_dir": str(tmp_path / "run")})
+        run_training(settings)
+        with pytest.raises(ConfigError, match="holds an earlier run"):
+            run_training(settings)
+        run_training({**settings, "overwrite_output_dir": True})
+
+    def test_run_name_and_tags(self):
+        arguments = resolve_tracker("wandb", run_name="name", tags=["tag"]).init_kwargs["wandb"]
+        assert (arguments["name"], arguments["tags"]) == ("name", ["tag"])
+
+    def test_run_name_tags_and_project_name_arrive(self, observed, monkeypatch):
+        calls = []
+
+        def init_trackers(accelerator, project_name, config=None, init_kwargs=None):
+            calls.append((project_name, init_kwargs["wandb"]["name"], init_kwargs["wandb"]["tags"]))
+
+        monkeypatch.setattr(Accelerator, "init_trackers", init_trackers)
+        observed(report_to=["wandb"], project_name="project", run_name="name", tags=["tag"])
+        assert calls == [("project", "name", ["tag"])]
+
+    def test_progress(self, observed):
+        shown = [" ".join(observed(progress=wanted)["log"]) for wanted in (True, False)]
+        assert ["step 2/2" in lines for lines in shown] == [True, False]
+
+
+def test_no_key_is_forgotten():
+    own = " ".join(name for name in dir(TestWhatOnlyChangesHowARunComputes) if "test_" in name)
+    proven = {key for key in TrainConfig.model_fields if key in CHANGES or key in own}
+    assert set(TrainConfig.model_fields) - proven == set()
+    assert set(CHANGES) <= set(TrainConfig.model_fields)
