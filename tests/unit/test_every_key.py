@@ -184,6 +184,22 @@ def test_the_same_settings_change_nothing(observed):
     assert observed() == observed()
 
 
+@pytest.fixture
+def forwards(observed, monkeypatch):
+    """Counts how often a run with some settings calls the encoder to train on it."""
+    embed = Trainer._embed
+
+    def count(**settings) -> int:
+        calls = []
+        monkeypatch.setattr(
+            Trainer, "_embed", lambda self, inputs: calls.append(1) or embed(self, inputs)
+        )
+        assert observed(**settings)["error"] is None
+        return len(calls)
+
+    return count
+
+
 class TestWhatOnlyChangesHowARunComputes:
     """Named `test_KEY`, one for each key that is not in `CHANGES`."""
 
@@ -208,17 +224,25 @@ class TestWhatOnlyChangesHowARunComputes:
         assert observed(num_workers=1)["error"] is None
         assert 1 in counts
 
-    def test_chunk_tokens(self, observed, monkeypatch):
-        forwards = []
-        embed = Trainer._embed
-        monkeypatch.setattr(
-            Trainer, "_embed", lambda self, inputs: forwards.append(1) or embed(self, inputs)
-        )
-        observed(chunk_tokens=10_000)
-        few, forwards[:] = len(forwards), []
-        observed(chunk_tokens=1)
-        assert few == 2 * 2  # two roles in each of two steps
-        assert len(forwards) == 2 * 2 * BASE["batch_size"]
+    def test_chunk_tokens(self, forwards):
+        # Two roles in each of two steps; then every text by itself.
+        assert forwards(chunk_tokens=10_000) == 2 * 2
+        assert forwards(chunk_tokens=1) == 2 * 2 * BASE["batch_size"]
+
+    def test_gradient_cache_chunk_size_gradient_cache_chunk_tokens(self, forwards):
+        # The cache encodes every chunk twice.
+        cached = {"use_gradient_cache": True}
+        assert forwards(**cached, gradient_cache_chunk_size=4) == 2 * 2 * 2
+        assert forwards(**cached, gradient_cache_chunk_size=2) == 2 * 2 * 2 * 2
+        each = 2 * 2 * 2 * BASE["batch_size"]
+        assert forwards(**cached, gradient_cache_chunk_tokens=1) == each
+
+    def test_use_gradient_cache_and_gradient_cache_keep(self, forwards):
+        cached = {"use_gradient_cache": True, "gradient_cache_chunk_size": 4}
+        assert forwards() == 2 * 2
+        assert forwards(**cached) == 2 * 2 * 2
+        # One of the two chunks of a step is not encoded again.
+        assert forwards(**cached, gradient_cache_keep=1) == 2 * (2 * 2 - 1)
 
     def test_gradient_checkpointing(self, resolve):
         settings = resolve({"model_name": "<model>"})
@@ -226,20 +250,6 @@ class TestWhatOnlyChangesHowARunComputes:
         assert build_model(
             {**settings, "gradient_checkpointing": True}
         ).backbone.is_gradient_checkpointing
-
-    def test_use_gradient_cache_and_its_gradient_cache_chunk_size(self, observed, monkeypatch):
-        sizes = []
-        cached = Trainer._step_cached
-
-        def spy(trainer, batch):
-            sizes.append(trainer.gradient_cache.chunk_size)
-            return cached(trainer, batch)
-
-        monkeypatch.setattr(Trainer, "_step_cached", spy)
-        observed()
-        assert sizes == []
-        observed(use_gradient_cache=True, gradient_cache_chunk_size=3)
-        assert sizes == [3, 3]
 
     def test_num_processes(self):
         check_process_count({"num_processes": 1}, 1)

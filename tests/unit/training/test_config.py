@@ -71,6 +71,8 @@ OTHER = {
     "gradient_checkpointing": ("true", True),
     "use_gradient_cache": ("true", True),
     "gradient_cache_chunk_size": ("2", 2),
+    "gradient_cache_chunk_tokens": ("64", 64),
+    "gradient_cache_keep": ("auto", "auto"),
     "device": ("cpu", "cpu"),
     "num_processes": ("2", 2),
     "ddp_find_unused_parameters": ("true", True),
@@ -243,7 +245,7 @@ class TestComplaints:
         argv += ["--epochs", "0", "--lr", "--config_override", "oops", "temprature=0.02"]
         assert problems_of(*argv) == [
             "--gradient_cache: unknown setting (did you mean 'use_gradient_cache' or "
-            "'gradient_cache_chunk_size'?)",
+            "'gradient_cache_keep'?)",
             "--scheduler_typ: unknown setting (did you mean 'scheduler_type' or "
             "'scheduler_kwargs'?)",
             "'stray': not a flag; settings are written --KEY VALUE",
