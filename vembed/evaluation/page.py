@@ -298,5 +298,5 @@ def _method(data: ReportData) -> str:
 <p>Both models answered the same {items}. Intervals: {RESAMPLES:,} bootstrap resamples of the
 {items}, the same ones for both models. p: paired randomisation test,
 {SWAPS:,} random swaps. Equal scores are ordered to the disadvantage of the model, so one that gives
-every text the same vector earns nothing. Metrics follow the definitions of trec_eval.</p>
+every text the same vector earns nothing. Retrieval metrics are as trec_eval defines them.</p>
 </footer>"""

@@ -48,15 +48,17 @@ class Relevance:
             related_columns: `[L]` their column ids; each must be the id of some column.
         """
         rows, self._row_keys = torch.unique(row_ids, return_inverse=True)
-        columns, column_keys = torch.unique(column_ids, return_inverse=True)
+        columns, self._column_keys = torch.unique(column_ids, return_inverse=True)
         known = torch.isin(related_rows, rows)
         row_keys = torch.searchsorted(rows, related_rows[known])
         pairs = torch.unique(
             row_keys * len(columns) + torch.searchsorted(columns, related_columns[known])
         )
         self._pair_columns = pairs % max(1, len(columns))
-        self._pairs_of_row = _Positions(pairs // max(1, len(columns)), len(rows))
-        self._columns_of_key = _Positions(column_keys, len(columns))
+        self._pair_rows = pairs // max(1, len(columns))
+        self._pairs_of_row = _Positions(self._pair_rows, len(rows))
+        self._columns_of_key = _Positions(self._column_keys, len(columns))
+        self._num_keys = (len(rows), len(columns))
 
     @classmethod
     def identity(cls, first: int, rows: int, columns: int) -> Relevance:
@@ -72,3 +74,19 @@ class Relevance:
         row = torch.arange(len(keys)).repeat_interleave(num_found).repeat_interleave(num_columns)
         columns, order = columns.sort(stable=True)
         return row[order], columns
+
+    def count(self, columns: Tensor) -> Tensor:
+        """How many of some columns are related to each row, without room for the pairs.
+
+        Args:
+            columns: `[C]` bool on the CPU, which columns to count.
+
+        Returns:
+            `[R]` int64.
+        """
+        rows, keys = self._num_keys
+        of_key = torch.zeros(keys, dtype=torch.int64).index_add(
+            0, self._column_keys, columns.long()
+        )
+        of_row = torch.zeros(rows, dtype=torch.int64)
+        return of_row.index_add(0, self._pair_rows, of_key[self._pair_columns])[self._row_keys]

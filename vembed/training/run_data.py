@@ -58,7 +58,12 @@ def load_run_data(config: TrainConfig) -> RunData:
     validation, validation_task, test_task, source = None, None, None, ""
     if config.val_data_path is not None:
         validation = load_rows(config, config.val_data_path, split="dev")
-        validation_task = task_from_records(list(validation), "validation")
+        validation_task = load_eval_task(
+            config.val_data_path,
+            column_mapping=config.column_mapping,
+            retrieval_mode=config.retrieval_mode,
+            split="dev",
+        )
     if config.test_data_path is not None:
         test_task = load_eval_task(
             config.test_data_path,

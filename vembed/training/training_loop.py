@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from vembed.errors import ConfigError, VembedError
 from vembed.training.checkpoint import STEP_FOLDER, remove_old_checkpoints, save_checkpoint
 from vembed.training.evaluator import Validation
+from vembed.training.first_step import FirstStepWatch
 from vembed.training.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -90,8 +91,10 @@ def run_training_loop(trainer: Trainer) -> TrainState:
     config, state, plan = trainer.config, TrainState(), StepPlan.of(trainer)
     with Recorder(trainer.accelerator, config, plan.total, state.history) as recorder:
         _validate(trainer, state, recorder)
+        before_update: Callable[[], object] | None = FirstStepWatch(trainer).tell
         for group in islice(_step_groups(trainer, plan, state), plan.total):
-            outputs, grad_norm = optimizer_step(trainer, group)
+            outputs, grad_norm = optimizer_step(trainer, group, before_update)
+            before_update = None
             state.step += 1
             recorder.add(outputs, grad_norm, rows=_count_rows(group))
             if state.step % config.logging_steps == 0 or state.step == plan.total:
@@ -104,17 +107,26 @@ def run_training_loop(trainer: Trainer) -> TrainState:
     return state
 
 
-def optimizer_step(trainer: Trainer, group: list[Batch]) -> tuple[list[StepOutput], Tensor]:
+def optimizer_step(
+    trainer: Trainer, group: list[Batch], before_update: Callable[[], object] | None = None
+) -> tuple[list[StepOutput], Tensor]:
     """One optimizer update from the mean gradient of some micro-batches.
 
     Each micro-batch is a contrastive batch of its own: more negatives come from the gradient cache,
     not from accumulation.
+
+    Args:
+        trainer: Prepared.
+        group: The micro-batches.
+        before_update: Called when the gradients are complete, before they are clipped.
 
     Returns:
         What the step of each micro-batch returned, and the gradient norm before clipping.
     """
     outputs = [trainer.step(batch) for batch in group]
     trainer.reduce_gradients(len(group))
+    if before_update is not None:
+        before_update()
     limit = trainer.config.max_grad_norm or math.inf
     grad_norm = trainer.accelerator.clip_grad_norm_(trainer.parameters(), limit)
     trainer.optimizer.step()

@@ -241,11 +241,10 @@ class TestFlags:
 class TestComplaints:
     def test_all_at_once_with_place_rule_value_and_nearest_name(self, yaml_file):
         file = yaml_file("model_name: m\nlr: fast\nbatchsize: 3\nlora_rank: 8\n")
-        argv = ["--config", file, "--gradient_cache", "--scheduler_typ", "cosin", "stray"]
+        argv = ["--config", file, "--weight_decai", "--scheduler_typ", "cosin", "stray"]
         argv += ["--epochs", "0", "--lr", "--config_override", "oops", "temprature=0.02"]
         assert problems_of(*argv) == [
-            "--gradient_cache: unknown setting (did you mean 'use_gradient_cache' or "
-            "'gradient_cache_keep'?)",
+            "--weight_decai: unknown setting (did you mean 'weight_decay'?)",
             "--scheduler_typ: unknown setting (did you mean 'scheduler_type' or "
             "'scheduler_kwargs'?)",
             "'stray': not a flag; settings are written --KEY VALUE",

@@ -62,16 +62,16 @@ import sys
 from vembed.training.local_launch import run_processes
 sys.exit(run_processes([sys.executable, "-c", sys.argv[1]], 2))
 """
-WORKER = """
-import signal, sys, time
+WORKER = r"""
+import os, signal, sys, time
 from vembed.training.local_launch import follow_launcher
 def stop(number, frame):
-    print("stopping", flush=True)
+    os.write(1, b"stopping\n")
     sys.exit(5)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 follow_launcher()
-print("ready", flush=True)
+os.write(1, b"ready\n")
 time.sleep(60)
 """
 

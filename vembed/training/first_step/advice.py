@@ -1,0 +1,242 @@
+"""What the first step warns about, each with the setting to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vembed.training.first_step.report import FirstStepReport
+
+_NO_LOSS = 1e-3
+"""An InfoNCE loss below it leaves nothing to learn: a positive has 99.9 % of its softmax."""
+
+_EXACT_ZERO = 1e-8
+
+_AT_CHANCE = 0.97
+"""Share of the loss at chance from which on a loss is no better."""
+
+_FEW_NEGATIVES = 7
+_FLAT = 0.95
+_SATURATED = 0.9
+_ALIKE = 0.99
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A warning.
+
+    Attributes:
+        name: What it is about.
+        text: One line: what was seen, why it matters, what to change.
+        settings: The settings that the text names.
+    """
+
+    name: str
+    text: str
+    settings: tuple[str, ...]
+
+
+def advise(report: FirstStepReport) -> list[Advice]:
+    """Everything that looks wrong in the first step, likely causes before what they bring about."""
+    causes = [
+        *_own_text(report),
+        *_negatives(report),
+        *_copies(report),
+        *_labels(report),
+        *_scores(report),
+        *_collapse(report),
+    ]
+    if not any(advice.name == "collapse" for advice in causes):
+        # Alike embeddings make any softmax flat; a temperature would not help.
+        causes += _student_softmax(report)
+    causes += _teacher_softmax(report)
+    loss = list(_loss(report))
+    return [*causes, *loss, *_gradients(report, any(a.name == "no loss" for a in loss))]
+
+
+def _own_text(report: FirstStepReport) -> Iterator[Advice]:
+    candidates = report.candidates
+    if candidates is not None and candidates.own_text:
+        yield Advice(
+            "own text",
+            f"{candidates.own_text} of {candidates.queries} queries have their own text among "
+            "their negatives: the loss pushes a text away from itself. Take these rows or "
+            "negatives out of data_path",
+            ("data_path",),
+        )
+
+
+def _negatives(report: FirstStepReport) -> Iterator[Advice]:
+    candidates = report.candidates
+    if candidates is None:
+        return
+    remedy = (
+        "Set a larger batch_size (use_gradient_cache: true makes it fit, "
+        "gradient_accumulation_steps adds no negatives), or add negatives to the rows of data_path"
+    )
+    settings = ("batch_size", "use_gradient_cache", "gradient_accumulation_steps", "data_path")
+    if candidates.few:
+        yield Advice(
+            "few negatives",
+            f"{candidates.few} of {candidates.queries} queries have one negative or none: there is "
+            f"little or nothing to tell their positive from. {remedy}",
+            settings,
+        )
+    elif candidates.negatives.mean < _FEW_NEGATIVES:
+        yield Advice(
+            "small batch",
+            f"only {candidates.negatives.mean:.3g} negatives per query: finding one text among so "
+            f"few is easy and says little about search. {remedy}",
+            settings,
+        )
+
+
+def _copies(report: FirstStepReport) -> Iterator[Advice]:
+    for role, what in (("query", "queries"), ("positive", "positives")):
+        copies = report.copies.get(role)
+        if copies is not None and copies.with_copy == copies.rows:
+            yield Advice(
+                f"copies: {what}",
+                f"all {copies.rows} {what} of the batch have a copy in it, {copies.different} are "
+                "different: copies are no negatives of each other, so the batch counts as a "
+                "smaller one. Take repeated rows out of data_path, or set a larger batch_size",
+                ("data_path", "batch_size"),
+            )
+
+
+def _labels(report: FirstStepReport) -> Iterator[Advice]:
+    labels = report.labels
+    if labels is None:
+        return
+    if labels.labels == 1:
+        yield Advice(
+            "one label",
+            f"all {labels.items} items of the batch have the same label: there is nothing to tell "
+            "them from. Set a larger batch_size, or give data_path rows of more labels",
+            ("batch_size", "data_path"),
+        )
+    if 2 * labels.alone > labels.items:
+        yield Advice(
+            "no partners",
+            f"{labels.alone} of {labels.items} items are the only one of their label in the batch: "
+            "they teach nothing but by being no partner. Set a larger batch_size",
+            ("batch_size",),
+        )
+
+
+def _scores(report: FirstStepReport) -> Iterator[Advice]:
+    scores = report.scores
+    if scores is not None and scores.different == 1:
+        yield Advice(
+            "equal scores",
+            f"all {scores.pairs} pairs of the batch have the score {scores.spread.mean:.4g}: none "
+            "is to rank above another, so nothing is learned. Check which column column_mapping "
+            "calls score, or set a larger batch_size",
+            ("column_mapping", "batch_size"),
+        )
+
+
+def _collapse(report: FirstStepReport) -> Iterator[Advice]:
+    if report.embeddings is None:
+        return
+    similarity = [s for s in report.embeddings.random_pairs.values() if s is not None]
+    if similarity and max(similarity) > _ALIKE:
+        yield Advice(
+            "collapse",
+            f"different texts get almost the same vector (mean similarity {max(similarity):.4f}): "
+            "there is little to compare. Check pooling_method and model_name, and that "
+            "max_seq_length leaves room for more than the prompts",
+            ("pooling_method", "model_name", "max_seq_length"),
+        )
+
+
+def _student_softmax(report: FirstStepReport) -> Iterator[Advice]:
+    candidates, temperature = report.candidates, report.temperature
+    if candidates is None or candidates.softmax is None or temperature is None:
+        return
+    seen = f"at temperature {temperature.value:.4g} the softmax over candidates"
+    softmax = candidates.softmax
+    if softmax.evenness >= _FLAT:
+        yield Advice(
+            "flat softmax",
+            f"{seen} is flat ({softmax.evenness:.1%} even): similarities hardly matter to the "
+            "loss. Set a lower temperature",
+            ("temperature",),
+        )
+    if softmax.decided >= _SATURATED:
+        yield Advice(
+            "saturated softmax",
+            f"{seen} is saturated ({softmax.decided:.0%} of the queries give one more than 0.999): "
+            "no other gets a gradient. Set a higher temperature, or, where the first one is right, "
+            "a larger batch_size",
+            ("temperature", "batch_size"),
+        )
+
+
+def _teacher_softmax(report: FirstStepReport) -> Iterator[Advice]:
+    teacher = report.teacher
+    if teacher is None:
+        return
+    seen = (
+        f"at distillation_temperature {report.distillation_temperature:.4g} the teacher's softmax"
+    )
+    if teacher.softmax.evenness >= _FLAT:
+        yield Advice(
+            "flat teacher",
+            f"{seen} is flat ({teacher.softmax.evenness:.1%} even; its similarities deviate by "
+            f"{teacher.teacher_deviation:.2g}): it teaches that all documents are alike. Set a "
+            "lower distillation_temperature",
+            ("distillation_temperature",),
+        )
+    if teacher.softmax.decided >= _SATURATED:
+        yield Advice(
+            "saturated teacher",
+            f"{seen} is saturated ({teacher.softmax.decided:.0%} of the queries give one document "
+            "more than 0.999): it teaches no more than a label does. Set a higher "
+            "distillation_temperature",
+            ("distillation_temperature",),
+        )
+
+
+def _loss(report: FirstStepReport) -> Iterator[Advice]:
+    if report.loss is None:
+        return
+    loss = report.loss.parts.get("task", report.loss.total)
+    chance = None if report.candidates is None else report.candidates.chance
+    if not math.isfinite(loss):
+        yield Advice(
+            "not finite",
+            f"the loss is {loss}: no step can be taken from it. Set mixed_precision: no or "
+            "torch_dtype: float32, or a higher temperature",
+            ("mixed_precision", "torch_dtype", "temperature"),
+        )
+    elif abs(loss) < (_EXACT_ZERO if chance is None else _NO_LOSS):
+        yield Advice(
+            "no loss",
+            f"the loss is {loss:.2g}: there is nothing to learn from this batch. Set a larger "
+            "batch_size, add harder negatives to data_path, or set a higher temperature",
+            ("batch_size", "data_path", "temperature"),
+        )
+    elif chance is not None and loss >= _AT_CHANCE * chance:
+        yield Advice(
+            "at chance",
+            f"the loss, {loss:.4f}, is no better than chance, {chance:.4f}: the model cannot tell "
+            "positives from other documents. Unless it is untrained, check model_name, "
+            "pooling_method and query_prompt, and that column_mapping pairs what belongs together",
+            ("model_name", "pooling_method", "query_prompt", "column_mapping"),
+        )
+
+
+def _gradients(report: FirstStepReport, no_loss: bool) -> Iterator[Advice]:
+    still = {group: g for group, g in report.gradients.items() if g.norm == 0 and g.parameters}
+    if no_loss and len(still) == len(report.gradients):
+        return
+    for group, gradient in still.items():
+        yield Advice(
+            f"no gradient: {group}",
+            f"no gradient reaches {group} ({gradient.parameters} trainable tensors): they stay as "
+            "they are. Check that loss_type and distillation_alpha let the loss depend on them, or "
+            "freeze them (use_lora does for the backbone)",
+            ("loss_type", "distillation_alpha", "use_lora"),
+        )

@@ -1,0 +1,225 @@
+"""How far a gradient is from its reference, group by group, and what such a distance points to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vembed.training.verification.cases import ACCUMULATION, LOSS_SCALING, Case
+
+_SMALL_GROUP = 1e-3
+_SAME_NUMBER = 1e-3
+_SAME_DIRECTION = 1 - 1e-6
+
+
+@dataclass(frozen=True)
+class GroupDifference:
+    """A group of parameters: its gradient beside the reference.
+
+    Attributes:
+        ratio: Norm of the gradient over that of the reference.
+        cosine: Cosine between the two.
+        difference: Largest difference of an element, relative to the largest element of the
+            reference's group; of a group a thousand times smaller than the largest one, relative
+            to a thousandth of that, because rounding errors of sums do not shrink with their
+            result.
+        is_zero: Whether the reference is zero, which nothing can be learned from.
+    """
+
+    ratio: float
+    cosine: float
+    difference: float
+    is_zero: bool
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case.
+
+    Attributes:
+        case: What was compared.
+        tolerance: Largest difference that passes.
+        reference: How the reference was computed: `whole` or `replayed` (see `gradients`).
+        groups: By name of the group; empty if the case was skipped.
+        skipped: Why the case does not apply; None if it does.
+    """
+
+    case: Case
+    tolerance: float
+    reference: str = ""
+    groups: Mapping[str, GroupDifference] | None = None
+    skipped: str | None = None
+
+    @property
+    def failing(self) -> list[str]:
+        """Groups beyond the tolerance; NaN is."""
+        groups = self.groups or {}
+        return [name for name, g in groups.items() if not g.difference <= self.tolerance]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every group is within the tolerance."""
+        return not self.failing
+
+
+@dataclass(frozen=True)
+class Suspicion:
+    """A case that failed and what is likely wrong."""
+
+    case: Case
+    setting: str
+    text: str
+
+
+def compare(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> dict[str, GroupDifference]:
+    """Compare gradients by group; a parameter without a gradient has the gradient zero.
+
+    Args:
+        actual: By parameter, as `gradients.Gradients`.
+        expected: Those of the reference.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in dict.fromkeys([*expected, *actual]):
+        groups.setdefault(group_of(name), []).append(name)
+    largest = max((_largest(tensor) for tensor in expected.values()), default=0.0)
+    return {
+        group: _compare_group(names, actual, expected, _SMALL_GROUP * largest)
+        for group, names in groups.items()
+    }
+
+
+def group_of(name: str) -> str:
+    """`backbone` of `encoder.backbone.layer.0...`, `logit_scale` of `loss.logit_scale`."""
+    owner, _, rest = name.partition(".")
+    return rest.partition(".")[0] if owner == "encoder" else rest
+
+
+def _compare_group(
+    names: Sequence[str],
+    actual: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    smallest_scale: float,
+) -> GroupDifference:
+    dot, actual_square, expected_square, difference, scale = 0.0, 0.0, 0.0, 0.0, smallest_scale
+    for name in names:
+        like = expected[name] if name in expected else actual[name]
+        a, e = actual.get(name), expected.get(name)
+        a = torch.zeros_like(like) if a is None else a
+        e = torch.zeros_like(like) if e is None else e
+        dot += float((a * e).sum())
+        actual_square += float(a.square().sum())
+        expected_square += float(e.square().sum())
+        difference = _larger(difference, _largest(a - e))
+        scale = max(scale, _largest(e))
+    is_zero = expected_square == 0
+    same = is_zero and actual_square == 0
+    return GroupDifference(
+        ratio=1.0 if same else _over(math.sqrt(actual_square), math.sqrt(expected_square)),
+        cosine=1.0 if same else _over(dot, math.sqrt(actual_square * expected_square)),
+        difference=0.0 if same else _over(difference, scale),
+        is_zero=is_zero,
+    )
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _larger(a: float, b: float) -> float:
+    """The larger one; NaN is larger than any number, which Python's `max` does not say."""
+    return b if b > a or math.isnan(b) else a
+
+
+def _over(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.inf
+
+
+def explain(results: Sequence[CaseResult]) -> list[Suspicion]:
+    """For each case that failed, the likeliest cause."""
+    return [_explain_one(result, results) for result in results if not result.passed]
+
+
+def _explain_one(result: CaseResult, results: Sequence[CaseResult]) -> Suspicion:
+    case = result.case
+    alone = case.processes == 1 or _passes(results, case, processes=1)
+    factor = _common_factor(result)
+    found = None if factor is None else _explain_factor(result, factor, by_processes=alone)
+    if found is not None:
+        return found
+    if case.processes > 1 and alone:
+        return Suspicion(
+            case,
+            "loss_type",
+            "the same rows give the right gradient on one process: rows of other processes do not "
+            "reach the loss, or their gradient does not come back (gather them with "
+            "vembed.distributed.gather_rows)",
+        )
+    if case.step == "cached" and _passes(results, case, step="plain"):
+        cause = "a chunk's second pass is not its first one"
+        if result.reference == "replayed":
+            cause += ": it draws other random numbers, as for dropout"
+        return Suspicion(case, "use_gradient_cache", cause)
+    return Suspicion(
+        case, case.variation.setting, "the gradient is not that of the whole batch in one graph"
+    )
+
+
+def _explain_factor(
+    result: CaseResult, factor: float, *, by_processes: bool
+) -> Suspicion | None:
+    """What a gradient of the right direction and the wrong length points to.
+
+    Args:
+        result: A case that failed.
+        factor: By how much.
+        by_processes: Whether the number of processes can be to blame.
+    """
+    case, variation = result.case, result.case.variation
+    shown = f"the gradient of {', '.join(result.failing)} is {factor:.6g} times what it should be"
+    only_loss = len(result.failing) < len(result.groups or {})
+    suspects = []
+    if case.processes > 1 and by_processes:
+        where = "a parameter of the loss is scaled unlike the encoder by" if only_loss else ""
+        where = where or "the loss or the reduction multiplies or divides by"
+        suspects.append((case.processes, "loss_type", f"{where} the number of processes"))
+    if variation is ACCUMULATION:
+        why = "the divisor of accumulation is applied more or less than once"
+        suspects.append((2, variation.setting, why))
+    if variation is LOSS_SCALING and variation.loss_scale is not None:
+        why = "the loss scale is applied more or less than once"
+        suspects.append((variation.loss_scale, variation.setting, why))
+    for number, setting, why in suspects:
+        if any(math.isclose(factor, n, rel_tol=_SAME_NUMBER) for n in (number, 1 / number)):
+            return Suspicion(case, setting, f"{shown}: {why}")
+    return None
+
+
+def _common_factor(result: CaseResult) -> float | None:
+    """The one factor by which all failing groups are too long or short; None if there is none."""
+    groups = [(result.groups or {})[name] for name in result.failing]
+    ratio = groups[0].ratio
+    same = all(
+        g.cosine > _SAME_DIRECTION and math.isclose(g.ratio, ratio, rel_tol=_SAME_NUMBER)
+        for g in groups
+    )
+    return ratio if same and not math.isclose(ratio, 1, rel_tol=_SAME_NUMBER) else None
+
+
+def _passes(results: Sequence[CaseResult], case: Case, **changes: object) -> bool:
+    """Whether the case that differs from this one in `changes` was seen to pass."""
+    wanted = (
+        case.variation,
+        changes.get("step", case.step),
+        changes.get("processes", case.processes),
+    )
+    return any(
+        r.passed and r.skipped is None
+        for r in results
+        if (r.case.variation, r.case.step, r.case.processes) == wanted
+    )
