@@ -139,12 +139,16 @@ def prepare_loss(arguments: argparse.Namespace) -> Any:
         for _ in range(2)
     )
 
-    def dense() -> torch.Tensor:
-        logits = query @ positive.T / 0.05
-        return torch.nn.functional.cross_entropy(logits, torch.arange(len(logits)))
-
     criterion = build_criterion("infonce")
-    return lambda: (dense() if arguments.variant == "dense" else criterion(query, positive)).backward()
+
+    def step() -> None:
+        if arguments.variant == "dense":
+            logits = query @ positive.T / 0.05
+            torch.nn.functional.cross_entropy(logits, torch.arange(len(logits))).backward()
+        else:
+            criterion(query, positive).backward()
+
+    return step
 
 
 def measure(arguments: argparse.Namespace, variant: str, batch: int) -> dict[str, float]:
@@ -164,7 +168,9 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=Path, default=Path("quickstart/data/train.jsonl"))
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
-    parser.add_argument("--losses", type=int, nargs="+", help="measure the loss alone, at these sizes")
+    parser.add_argument(
+        "--losses", type=int, nargs="+", help="measure the loss alone, at these sizes"
+    )
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="longest text")
@@ -186,7 +192,8 @@ def main() -> None:
         ]
         for variant in variants:
             taken = {
-                key: statistics.median(r[variant][key] for r in rounds) for key in rounds[0][variant]
+                key: statistics.median(r[variant][key] for r in rounds)
+                for key in rounds[0][variant]
             }
             ratio = statistics.median(
                 r[variant]["cpu_seconds"] / r[variants[0]]["cpu_seconds"] for r in rounds

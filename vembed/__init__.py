@@ -17,7 +17,10 @@ _LAZY = {
     "VembedError": "vembed.errors:VembedError",
 }
 
-__all__ = ["__version__", *_LAZY]
+__all__ = [  # noqa: PLE0604 - the names are strings, of a table
+    "__version__",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:

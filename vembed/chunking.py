@@ -99,9 +99,10 @@ def take_rows(
     """The given rows of padded model inputs, cut to their longest sequence.
 
     Args:
-        inputs: Tensors of shape `[B, T]` or `[B, ...]`, with `attention_mask` `[B, T]` when sequences are padded.
+        inputs: Tensors of shape `[B, T]` or `[B, ...]`, with `attention_mask` `[B, T]` when
+            sequences are padded.
         rows: Row numbers.
-        longest: Tokens of the longest of these rows, when known; spares a look at the mask (a device sync).
+        longest: Tokens of the longest of these rows, when known; spares a look at the mask.
     """
     mask = inputs.get("attention_mask")
     index = torch.as_tensor(rows, device=next(iter(inputs.values())).device)

@@ -67,6 +67,6 @@ class Item:
 
     @property
     def content_id(self) -> int:
-        """A 63-bit hash of the content, the same in every process and run: equal items are duplicates."""
+        """A 63-bit hash of the content, the same everywhere: equal items are duplicates."""
         content = repr((self.text, self.image)).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1

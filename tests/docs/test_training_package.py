@@ -100,9 +100,7 @@ def test_quick_start(config, tmp_path):
     optimizer = build_optimizer(model, config)
     accelerator = Accelerator(cpu=True)
     train_loader = make_loader(model, config)
-    scheduler, warmup_steps = build_scheduler(
-        optimizer, config, num_epochs=10, steps_per_epoch=100
-    )
+    scheduler, warmup_steps = build_scheduler(optimizer, config, num_epochs=10, steps_per_epoch=100)
     assert warmup_steps == 100
     before = model.backbone.embeddings.word_embeddings.weight.detach().clone()
     trainer = Trainer(
@@ -229,7 +227,9 @@ class TwoTowers(nn.Module):
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
     ) -> Tensor:
-        return self.words(input_ids) if pixel_values is None else self.pixels(pixel_values.flatten(1))
+        return (
+            self.words(input_ids) if pixel_values is None else self.pixels(pixel_values.flatten(1))
+        )
 
     def save_pretrained(self, path: str | Path) -> None:
         torch.save(self.state_dict(), Path(path) / "towers.pt")
@@ -238,7 +238,10 @@ class TwoTowers(nn.Module):
 def test_evaluator_and_own_step_on_text_to_image(tmp_path):
     config = {"retrieval_mode": "t2i", "epochs": 2, "output_dir": str(tmp_path), "progress": False}
     batches = [
-        {"query_input_ids": torch.randint(0, 20, (4, 3)), "pos_pixel_values": torch.rand(4, 3, 2, 2)}
+        {
+            "query_input_ids": torch.randint(0, 20, (4, 3)),
+            "pos_pixel_values": torch.rand(4, 3, 2, 2),
+        }
         for _ in range(3)
     ]
     accelerator, model = Accelerator(cpu=True), TwoTowers()

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("vembed.cli.evaluate", "measure a model on a test set"),
     "encode": ("vembed.cli.encode", "turn the rows of a file into vectors (.npy)"),
     "check": ("vembed.cli.check", "check settings and all data without training"),
+    "verify": ("vembed.cli.verify", "prove that gradients are exact, for your own settings"),
     "quickstart": ("vembed.quickstart", "the main job on an embedded example, in minutes"),
 }
 

@@ -8,6 +8,9 @@ import transformers
 from rich.console import Console
 from rich.logging import RichHandler
 
+STDERR = Console(stderr=True)
+"""Shared by log lines and progress bar, so that rich prints the lines above the bar."""
+
 
 def configure_logging(*, main_process: bool) -> None:
     """Show vembed's log lines, on the main process from INFO up, on others from WARNING up.
@@ -28,10 +31,9 @@ def configure_logging(*, main_process: bool) -> None:
 
 
 def _handler() -> logging.Handler:
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not STDERR.is_terminal:
         # Rich would break lines at 80 columns in a file.
         return logging.StreamHandler()
     return RichHandler(
-        console=console, show_path=False, show_level=False, show_time=False, highlighter=None
+        console=STDERR, show_path=False, show_level=False, show_time=False, highlighter=None
     )

@@ -44,9 +44,15 @@ def build_model(config: TrainConfig | Mapping[str, Any]) -> Encoder:
         revision=config.revision,
     )
     if config.gradient_checkpointing:
-        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(encoder.backbone)
     encoder.train()
     return encoder
+
+
+def _recompute_activations(backbone: Any) -> None:
+    # transformers 5 has a new name for it and warns about the old one, which 4 has only.
+    enable = getattr(backbone, "activation_checkpointing_enable", None)
+    (enable or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def build_teacher_model(config: TrainConfig | Mapping[str, Any]) -> Encoder | None:
@@ -141,4 +147,4 @@ def enable_static_graph(
                 f"static graph must reduce in every backward pass. Turn one of them off"
             )
     if accelerator.num_processes > 1 and isinstance(model, DistributedDataParallel):
-        model._set_static_graph()
+        model._set_static_graph()  # type: ignore[no-untyped-call]

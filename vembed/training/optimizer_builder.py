@@ -43,7 +43,7 @@ class TrackerChoice(NamedTuple):
 def build_optimizer(
     model: nn.Module,
     config: TrainConfig | Mapping[str, Any],
-    criterion: nn.Module | None = None,
+    criterion: Any = None,
 ) -> Optimizer:
     """An optimizer over every trainable parameter of the model and of the loss.
 
@@ -53,14 +53,13 @@ def build_optimizer(
         model: The encoder.
         config: Reads `optimizer`, `optimizer_betas`, `optimizer_eps`, `optimizer_kwargs`, `lr`,
             `weight_decay`.
-        criterion: The loss, when it may have parameters of its own, such as a temperature.
+        criterion: The loss, whose own parameters, such as a temperature, train too if it has any.
 
     Raises:
         ConfigError: if the optimizer is unknown, its arguments do not fit, or nothing is trainable.
     """
     config = TrainConfig.coerce(config)
-    modules = [model] if criterion is None else [model, criterion]
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    parameters = trainable_parameters(model, criterion)
     if not parameters:
         raise ConfigError(
             "build_optimizer: the model has no trainable parameter; is it all frozen?"

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vembed.config import TrainConfig
 from vembed.distributed import all_reduce_mean
 from vembed.errors import VembedError
+from vembed.training.console import STDERR
 from vembed.training.evaluator import Validation
 from vembed.training.trackers import log_to_trackers
 
@@ -57,9 +57,8 @@ class Recorder:
         self.accelerator = accelerator
         self.history = history
         self._path = Path(config.output_dir) / METRICS_NAME
-        self._console = Console(stderr=True)
-        shown = config.progress and accelerator.is_main_process and self._console.is_terminal
-        self._bar = _progress_bar(self._console, shown)
+        shown = config.progress and accelerator.is_main_process and STDERR.is_terminal
+        self._bar = _progress_bar(shown)
         self._task = self._bar.add_task("training", total=total_steps, numbers="")
         self._total_steps = total_steps
         self._prints_lines = config.progress and not shown
@@ -156,7 +155,7 @@ class Recorder:
         }
 
 
-def _progress_bar(console: Console, shown: bool) -> Progress:
+def _progress_bar(shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=24),
@@ -164,7 +163,7 @@ def _progress_bar(console: Console, shown: bool) -> Progress:
         TextColumn("{task.fields[numbers]}"),
         TextColumn("ETA"),
         TimeRemainingColumn(compact=True),
-        console=console,
+        console=STDERR,
         disable=not shown,
     )
 

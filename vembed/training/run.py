@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from vembed.config import TrainConfig, check
+from vembed.data import RecordDataset
 from vembed.errors import ConfigError, DistributedError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import build_criterion, build_distillation_loss, check_row_fields
@@ -175,8 +176,8 @@ def build_trainer(
     check_row_fields(criterion, data.train.fields)
     if "score" in data.train.fields and "score" not in getattr(criterion, "required_fields", ()):
         logger.warning(
-            "every row has a score, which loss_type %s does not look at: pairs of a low score train "
-            "as positives too. loss_type: cosent uses it",
+            "every row has a score, which loss_type %s does not look at: pairs of a low score "
+            "train as positives too. loss_type: cosent uses it",
             config.loss_type,
         )
     teacher = build_teacher_model(config)
@@ -216,15 +217,16 @@ def describe_run(trainer: Trainer, encoder: Encoder, data: RunData) -> dict[str,
     plan = StepPlan.of(trainer)
     per_step = config.batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     trainable = sum(p.numel() for p in trainer.parameters())
-    rows = "streamed rows" if config.streaming else f"{len(data.train):,} rows"
+    rows = f"{len(data.train):,} rows" if isinstance(data.train, RecordDataset) else "a stream"
     encoder_facts = ", ".join(f"{name} {value}" for name, value in encoder.describe().items())
     return {
         "model": f"{config.model_name} ({encoder_facts})",
         "parameters": f"{trainable:,} of {sum(p.numel() for p in encoder.parameters()):,} train",
         "training data": f"{rows} from {config.data_path}",
         "test data": data.test_source or "none",
-        "batch": f"{per_step} pairs per step = {config.batch_size} per process x "
-        f"{accelerator.num_processes} processes x {config.gradient_accumulation_steps} micro-batches",
+        "batch": f"{per_step} pairs per step = {config.batch_size} x "
+        f"{accelerator.num_processes} processes x "
+        f"{config.gradient_accumulation_steps} micro-batches",
         "steps": f"{plan.total:,}",
         "device": f"{accelerator.device}, mixed precision {config.mixed_precision}",
     }

@@ -33,7 +33,9 @@ def test_a_module_is_asked_through_its_forward():
     assert Objective(Loss())(STUDENT, {"scores": torch.ones(1)}).total == 11
 
 
-@pytest.mark.parametrize(("alpha", "expected"), [(1.0, 3.0), (0.25, 0.25 * 3 + 0.75 * 8), (0.0, 8.0)])
+@pytest.mark.parametrize(
+    ("alpha", "expected"), [(1.0, 3.0), (0.25, 0.25 * 3 + 0.75 * 8), (0.0, 8.0)]
+)
 def test_alpha_weighs_the_task_loss(alpha, expected):
     objective = Objective(
         lambda query: query.sum(), lambda student, teacher: teacher["query"].sum(), alpha

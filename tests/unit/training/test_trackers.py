@@ -20,9 +20,7 @@ def test_a_real_tracker_writes_files(name, tmp_path, monkeypatch):
     log_with, init_kwargs = resolve_tracker(name, run_name="run", output_dir=str(tmp_path / "out"))
     accelerator = Accelerator(cpu=True, log_with=log_with, project_dir=str(tmp_path / "out"))
     (tmp_path / "out").mkdir()
-    start_trackers(
-        accelerator, project_name="project", settings=SETTINGS, init_kwargs=init_kwargs
-    )
+    start_trackers(accelerator, project_name="project", settings=SETTINGS, init_kwargs=init_kwargs)
     assert [tracker.name for tracker in accelerator.trackers] == [name]
     log_to_trackers(accelerator, {"train/loss": 1.5}, step=1)
     assert len(accelerator.trackers) == 1

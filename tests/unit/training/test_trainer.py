@@ -122,7 +122,9 @@ def test_clipping_limits_the_norm_and_reports_the_one_before(tmp_path):
     assert lines(tmp_path)[0]["grad_norm"] > 1e-2
 
 
-@pytest.mark.parametrize(("settings", "steps"), [({}, 4), ({"epochs": 3}, 12), ({"max_steps": 6}, 6)])
+@pytest.mark.parametrize(
+    ("settings", "steps"), [({}, 4), ({"epochs": 3}, 12), ({"max_steps": 6}, 6)]
+)
 def test_number_of_steps(tmp_path, settings, steps):
     state = make_trainer(tmp_path, **settings).train()
     assert state.step == steps
@@ -207,9 +209,9 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     optimizer = build_optimizer(model, config)
     with pytest.raises(ConfigError, match="1 trainable parameters of the criterion"):
         Trainer(model, optimizer, [], criterion, Accelerator(cpu=True), config)
+    whole = build_optimizer(model, config, criterion)
     with pytest.raises(ConfigError, match="only teacher_model"):
-        make = build_optimizer(model, config, criterion)
-        Trainer(model, make, [], criterion, Accelerator(cpu=True), config, teacher_model=Bag())
+        Trainer(model, whole, [], criterion, Accelerator(cpu=True), config, teacher_model=Bag())
 
     class Own(Trainer):
         def _step_standard(self, batch):
@@ -244,11 +246,19 @@ def test_a_parameter_without_gradient_is_named_unless_allowed(tmp_path):
             self.spare = nn.Parameter(torch.ones(2))
 
     def build(**settings):
-        config = {"output_dir": str(tmp_path), "lr": 0.1, "epochs": 1, "progress": False, **settings}
+        config = {
+            "output_dir": str(tmp_path),
+            "lr": 0.1,
+            "epochs": 1,
+            "progress": False,
+            **settings,
+        }
         model, criterion = WithSpare(), Criterion()
         optimizer = build_optimizer(model, config, criterion)
         return Trainer(model, optimizer, make_batches(1), criterion, Accelerator(cpu=True), config)
 
-    with pytest.raises(ConfigError, match=r"1 trainable parameters got no gradient in a step: spare"):
+    with pytest.raises(
+        ConfigError, match=r"1 trainable parameters got no gradient in a step: spare"
+    ):
         build().train()
     build(ddp_find_unused_parameters=True).train()

@@ -37,22 +37,20 @@ class Advice:
     settings: tuple[str, ...]
 
 
+_EXPLAINED_BY = {
+    "flat softmax": {"collapse"},
+    "saturated softmax": {"no loss"},
+    "at chance": {"collapse", "flat softmax"},
+    "no gradient": {"no loss"},
+}
+"""Warnings that are left out beside one of others, which says why."""
+
+
 def advise(report: FirstStepReport) -> list[Advice]:
-    """Everything that looks wrong in the first step, likely causes before what they bring about."""
-    causes = [
-        *_own_text(report),
-        *_negatives(report),
-        *_copies(report),
-        *_labels(report),
-        *_scores(report),
-        *_collapse(report),
-    ]
-    if not any(advice.name == "collapse" for advice in causes):
-        # Alike embeddings make any softmax flat; a temperature would not help.
-        causes += _student_softmax(report)
-    causes += _teacher_softmax(report)
-    loss = list(_loss(report))
-    return [*causes, *loss, *_gradients(report, any(a.name == "no loss" for a in loss))]
+    """Everything that looks wrong in the first step."""
+    found = [advice for rule in _RULES for advice in rule(report)]
+    names = {advice.name for advice in found}
+    return [advice for advice in found if not names & _EXPLAINED_BY.get(advice.name, set())]
 
 
 def _own_text(report: FirstStepReport) -> Iterator[Advice]:
@@ -145,7 +143,7 @@ def _collapse(report: FirstStepReport) -> Iterator[Advice]:
         yield Advice(
             "collapse",
             f"different texts get almost the same vector (mean similarity {max(similarity):.4f}): "
-            "there is little to compare. Check pooling_method and model_name, and that "
+            "there is nothing to tell them apart by. Check pooling_method and model_name, and that "
             "max_seq_length leaves room for more than the prompts",
             ("pooling_method", "model_name", "max_seq_length"),
         )
@@ -160,8 +158,8 @@ def _student_softmax(report: FirstStepReport) -> Iterator[Advice]:
     if softmax.evenness >= _FLAT:
         yield Advice(
             "flat softmax",
-            f"{seen} is flat ({softmax.evenness:.1%} even): similarities hardly matter to the "
-            "loss. Set a lower temperature",
+            f"{seen} is flat ({softmax.evenness:.1%} even): whatever the similarities are, the "
+            "loss stays at chance. Set a lower temperature",
             ("temperature",),
         )
     if softmax.decided >= _SATURATED:
@@ -228,15 +226,27 @@ def _loss(report: FirstStepReport) -> Iterator[Advice]:
         )
 
 
-def _gradients(report: FirstStepReport, no_loss: bool) -> Iterator[Advice]:
-    still = {group: g for group, g in report.gradients.items() if g.norm == 0 and g.parameters}
-    if no_loss and len(still) == len(report.gradients):
-        return
-    for group, gradient in still.items():
-        yield Advice(
-            f"no gradient: {group}",
-            f"no gradient reaches {group} ({gradient.parameters} trainable tensors): they stay as "
-            "they are. Check that loss_type and distillation_alpha let the loss depend on them, or "
-            "freeze them (use_lora does for the backbone)",
-            ("loss_type", "distillation_alpha", "use_lora"),
-        )
+def _gradients(report: FirstStepReport) -> Iterator[Advice]:
+    for group, gradient in report.gradients.items():
+        if gradient.norm == 0:
+            yield Advice(
+                "no gradient",
+                f"no gradient reaches {group} ({gradient.parameters} trainable tensors): they stay "
+                "as they are. Check that loss_type and distillation_alpha let the loss depend on "
+                "them, or freeze them (use_lora does for the backbone)",
+                ("loss_type", "distillation_alpha", "use_lora"),
+            )
+
+
+_RULES = (
+    _own_text,
+    _negatives,
+    _copies,
+    _labels,
+    _scores,
+    _collapse,
+    _student_softmax,
+    _teacher_softmax,
+    _loss,
+    _gradients,
+)

@@ -47,9 +47,8 @@ class Spread:
         return cls(float(wide.min()), float(wide.mean()), float(wide.max()))
 
     def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.low:.4g}"
-        return f"{self.mean:.4g} ({self.low:.4g} to {self.high:.4g})"
+        low, mean, high = (f"{value:.4g}" for value in (self.low, self.mean, self.high))
+        return mean if low == high else f"{mean} ({low} to {high})"
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,8 @@ class Candidates:
         own_text: Queries with their own content among their negatives; None without ids.
         chance: The loss of a model that cannot tell documents apart; None for a loss other than
             InfoNCE.
-        softmax: At the temperature of the loss; None for a loss other than InfoNCE.
+        softmax: At the temperature of the loss; None for a loss other than InfoNCE, and where no
+            query has a negative.
     """
 
     queries: int
@@ -169,7 +169,9 @@ def _chance(batch: GlobalBatch, negatives_B: Tensor, bidirectional: bool) -> flo
     return float(all_reduce_mean(chance.to(device)))
 
 
-def _softmax_of_queries(batch: GlobalBatch, relevance: Relevance, temperature: float) -> Softmax:
+def _softmax_of_queries(
+    batch: GlobalBatch, relevance: Relevance, temperature: float
+) -> Softmax | None:
     """Of each query's first positive and its negatives. Collective."""
     query_nD = batch.query_BD[:_SAMPLED_QUERIES]
     logits = query_nD @ batch.documents_CD.T / temperature
@@ -181,25 +183,30 @@ def _softmax_of_queries(batch: GlobalBatch, relevance: Relevance, temperature: f
     return mean_softmax(torch.cat([own, logits], dim=1))
 
 
-def mean_softmax(logits: Tensor) -> Softmax:
+def mean_softmax(logits: Tensor) -> Softmax | None:
     """How decided the softmax of each row is, over the rows of all processes. Collective.
 
     Args:
-        logits: `[n, C]`; `-inf` is no candidate.
+        logits: `[n, C]`; `-inf` is no candidate. Rows with a single candidate decide nothing and
+            are left out.
+
+    Returns:
+        None when no row is left.
     """
     candidates_n = (logits > -torch.inf).sum(1)
-    log_share = torch.log_softmax(logits.float(), dim=1)
+    chosen = candidates_n > 1
+    log_share = torch.log_softmax(logits[chosen].float(), dim=1)
     share = log_share.exp()
     entropy_n = -(share * log_share).nan_to_num(0.0).sum(1)
     sums = torch.stack(
         [
-            (entropy_n.exp() / candidates_n).sum(),
-            (share.amax(1) > _DECIDED).float().sum(),
-            entropy_n.new_tensor(len(logits)),
+            (entropy_n.exp() / candidates_n[chosen]).sum(),
+            (share > _DECIDED).sum().float(),
+            chosen.sum().float(),
         ]
     )
     evenness, decided, rows = all_reduce_sum(sums).tolist()
-    return Softmax(evenness / rows, decided / rows)
+    return Softmax(evenness / rows, decided / rows) if rows else None
 
 
 def _count_own_texts(student: Embeddings, extras: Mapping[str, Any]) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vembed.training.first_step.candidates import Candidates
+from vembed.training.first_step.candidates import Candidates, Softmax
 from vembed.training.first_step.rows import Agreement, Copies, Geometry, Labels, Scores
 
 FILE_NAME = "first_step.json"
@@ -158,7 +158,7 @@ def _loss_line(loss: Loss, candidates: Candidates | None) -> str:
     if candidates is None or candidates.chance is None:
         line += " (chance is not defined for this loss)"
     else:
-        line += f"; at chance it is {candidates.chance:.4f}, the mean ln of the candidates"
+        line += f", at chance {candidates.chance:.4f} (mean ln of the candidates)"
     others = [f"{name} {value:.4f}" for name, value in loss.parts.items() if name != "task"]
     return "; ".join([line, *others, *([f"total {loss.total:.4f}"] if others else [])])
 
@@ -170,8 +170,8 @@ def _temperature_line(temperature: Temperature) -> str:
 def _negatives_line(candidates: Candidates) -> str:
     return (
         f"{candidates.negatives} per query: {candidates.local} of its process, "
-        f"{candidates.other_processes} of others, {candidates.hard} hard; masked as relevant: "
-        f"{candidates.masked}"
+        f"{candidates.other_processes} of other processes, {candidates.hard} hard; "
+        f"masked as relevant: {candidates.masked}"
     )
 
 
@@ -179,7 +179,11 @@ def _softmax_line(candidates: Candidates) -> str:
     softmax = candidates.softmax
     if softmax is None:
         return ""
-    return f"{softmax.evenness:.1%} of the evenness of chance; {softmax.decided:.1%} decided"
+    return f"over candidates: {_softmax_words(softmax)}"
+
+
+def _softmax_words(softmax: Softmax) -> str:
+    return f"{softmax.evenness:.0%} even, {softmax.decided:.0%} of the queries decided"
 
 
 def _labels_line(labels: Labels) -> str:
@@ -196,8 +200,8 @@ def _scores_line(scores: Scores) -> str:
 def _teacher_line(teacher: Agreement) -> str:
     return (
         f"ranks like the student: Spearman {teacher.spearman:.3f}, same best document "
-        f"{teacher.same_best:.1%}; deviation of its similarities {teacher.teacher_deviation:.3g}, "
-        f"softmax {teacher.softmax.evenness:.1%} even, {teacher.softmax.decided:.1%} decided"
+        f"{teacher.same_best:.0%}; its similarities deviate by {teacher.teacher_deviation:.3g}, "
+        f"softmax {_softmax_words(teacher.softmax)}"
     )
 
 

@@ -220,7 +220,7 @@ def compare_with_teacher(
         )
     ranks, best, deviation, counted = all_reduce_sum(sums).tolist()
     softmax = mean_softmax(taught_nC / temperature)
-    if counted == 0:
+    if softmax is None:
         return None
     return Agreement(ranks / counted, best / counted, deviation / counted, softmax)
 

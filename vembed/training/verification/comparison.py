@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vembed.training.verification.cases import ACCUMULATION, LOSS_SCALING, Case
 
-_SMALL_GROUP = 1e-3
 _SAME_NUMBER = 1e-3
 _SAME_DIRECTION = 1 - 1e-6
 
@@ -23,10 +22,9 @@ class GroupDifference:
     Attributes:
         ratio: Norm of the gradient over that of the reference.
         cosine: Cosine between the two.
-        difference: Largest difference of an element, relative to the largest element of the
-            reference's group; of a group a thousand times smaller than the largest one, relative
-            to a thousandth of that, because rounding errors of sums do not shrink with their
-            result.
+        difference: Largest difference of an element, relative to the largest element of all groups
+            of the reference: where a group's gradient is a small sum of large terms, as that of a
+            temperature, its rounding errors are those of the terms.
         is_zero: Whether the reference is zero, which nothing can be learned from.
     """
 
@@ -44,6 +42,7 @@ class CaseResult:
         case: What was compared.
         tolerance: Largest difference that passes.
         reference: How the reference was computed: `whole` or `replayed` (see `gradients`).
+        cutting_error: See `gradients.cutting_error`.
         groups: By name of the group; empty if the case was skipped.
         skipped: Why the case does not apply; None if it does.
     """
@@ -51,14 +50,14 @@ class CaseResult:
     case: Case
     tolerance: float
     reference: str = ""
-    groups: Mapping[str, GroupDifference] | None = None
+    cutting_error: float = 0.0
+    groups: Mapping[str, GroupDifference] = field(default_factory=dict)
     skipped: str | None = None
 
     @property
     def failing(self) -> list[str]:
         """Groups beyond the tolerance; NaN is."""
-        groups = self.groups or {}
-        return [name for name, g in groups.items() if not g.difference <= self.tolerance]
+        return [n for n, g in self.groups.items() if not g.difference <= self.tolerance]
 
     @property
     def passed(self) -> bool:
@@ -87,10 +86,9 @@ def compare(
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys([*expected, *actual]):
         groups.setdefault(group_of(name), []).append(name)
-    largest = max((_largest(tensor) for tensor in expected.values()), default=0.0)
+    scale = max((_largest(tensor) for tensor in expected.values()), default=0.0)
     return {
-        group: _compare_group(names, actual, expected, _SMALL_GROUP * largest)
-        for group, names in groups.items()
+        group: _compare_group(names, actual, expected, scale) for group, names in groups.items()
     }
 
 
@@ -104,9 +102,9 @@ def _compare_group(
     names: Sequence[str],
     actual: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    smallest_scale: float,
+    scale: float,
 ) -> GroupDifference:
-    dot, actual_square, expected_square, difference, scale = 0.0, 0.0, 0.0, 0.0, smallest_scale
+    dot, actual_square, expected_square, difference = 0.0, 0.0, 0.0, 0.0
     for name in names:
         like = expected[name] if name in expected else actual[name]
         a, e = actual.get(name), expected.get(name)
@@ -116,7 +114,6 @@ def _compare_group(
         actual_square += float(a.square().sum())
         expected_square += float(e.square().sum())
         difference = _larger(difference, _largest(a - e))
-        scale = max(scale, _largest(e))
     is_zero = expected_square == 0
     same = is_zero and actual_square == 0
     return GroupDifference(
@@ -170,9 +167,7 @@ def _explain_one(result: CaseResult, results: Sequence[CaseResult]) -> Suspicion
     )
 
 
-def _explain_factor(
-    result: CaseResult, factor: float, *, by_processes: bool
-) -> Suspicion | None:
+def _explain_factor(result: CaseResult, factor: float, *, by_processes: bool) -> Suspicion | None:
     """What a gradient of the right direction and the wrong length points to.
 
     Args:
@@ -182,8 +177,8 @@ def _explain_factor(
     """
     case, variation = result.case, result.case.variation
     shown = f"the gradient of {', '.join(result.failing)} is {factor:.6g} times what it should be"
-    only_loss = len(result.failing) < len(result.groups or {})
-    suspects = []
+    only_loss = len(result.failing) < len(result.groups)
+    suspects: list[tuple[float, str, str]] = []
     if case.processes > 1 and by_processes:
         where = "a parameter of the loss is scaled unlike the encoder by" if only_loss else ""
         where = where or "the loss or the reduction multiplies or divides by"
@@ -202,7 +197,7 @@ def _explain_factor(
 
 def _common_factor(result: CaseResult) -> float | None:
     """The one factor by which all failing groups are too long or short; None if there is none."""
-    groups = [(result.groups or {})[name] for name in result.failing]
+    groups = [result.groups[name] for name in result.failing]
     ratio = groups[0].ratio
     same = all(
         g.cosine > _SAME_DIRECTION and math.isclose(g.ratio, ratio, rel_tol=_SAME_NUMBER)

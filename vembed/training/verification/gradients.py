@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vembed.chunking import take_rows
 from vembed.training.data_utils import (
+    ROLES,
     TEACHER_PREFIX,
     Inputs,
     maybe_first,
@@ -89,7 +90,7 @@ def replayed_gradients(
             parts.append(embed_in_chunks(trainer, of_process[number]))
             states[process] = torch.get_rng_state()
         # A process may have no rows of a role, such as hard negatives.
-        roles = [role for role in ("query", "positive", "negative") if any(role in p for p in parts)]
+        roles = [role for role in ROLES if any(role in part for part in parts)]
         joined = {role: torch.cat([part[role] for part in parts if role in part]) for role in roles}
         _backward(trainer, joined, batch, len(batches))
     return _take_gradients(trainer)

@@ -20,6 +20,8 @@ from typing import Any
 from vembed import errors
 from vembed.errors import DistributedError, VembedError
 
+_GRACE_S = 10.0
+
 
 @dataclass(frozen=True)
 class _Failure:
@@ -66,6 +68,11 @@ class LocalProcesses:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if kind is None:
+            for pipe in self._pipes:
+                pipe.send(None)
+            for process in self._processes:
+                process.join(_GRACE_S)
         for process in self._processes:
             process.kill()
             process.join()
@@ -91,17 +98,18 @@ class LocalProcesses:
         results: dict[int, Any] = {}
         deadline = time.monotonic() + self._timeout_s
         while len(results) < len(self._pipes):
-            waiting = {p: rank for rank, p in enumerate(self._pipes) if rank not in results}
-            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            waiting = [rank for rank in range(len(self._pipes)) if rank not in results]
+            left_s = max(0.0, deadline - time.monotonic())
+            ready = wait([self._pipes[rank] for rank in waiting], left_s)
             if not ready:
                 raise DistributedError(
-                    f"{what}: process {', '.join(map(str, waiting.values()))} did not finish "
-                    f"within {self._timeout_s:g} s. A collective that some processes call and "
-                    "others do not, as in a loss that gathers only sometimes, waits forever"
+                    f"{what}: process {', '.join(map(str, waiting))} did not finish within "
+                    f"{self._timeout_s:g} s. A collective that some processes call and others do "
+                    "not, as in a loss that gathers only sometimes, waits forever"
                 )
-            for pipe in ready:
-                if isinstance(pipe, Connection):
-                    results[waiting[pipe]] = _receive(pipe, waiting[pipe], what)
+            for rank in waiting:
+                if self._pipes[rank] in ready:
+                    results[rank] = _receive(self._pipes[rank], rank, what)
         return [results[rank] for rank in range(len(self._pipes))]
 
 
@@ -150,11 +158,8 @@ def _serve(pipe: Connection, environment: dict[str, str], meeting: str, timeout_
         # The parent's own limit shall end a call first, because it can say which.
         timeout=timedelta(seconds=2 * timeout_s),
     )
-    while True:
-        try:
-            fn, args = pipe.recv()
-        except EOFError:
-            return
+    while (call := pipe.recv()) is not None:
+        fn, args = call
         try:
             outcome = fn(*args)
         except VembedError as error:
@@ -162,6 +167,7 @@ def _serve(pipe: Connection, environment: dict[str, str], meeting: str, timeout_
         except Exception:
             outcome = _Failure(None, traceback.format_exc())
         pipe.send(outcome)
+    dist.destroy_process_group()
 
 
 def _kind(error: VembedError) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +23,9 @@ from vembed.training.run import build_accelerator, build_trainer, check_mode
 from vembed.training.run_data import Rows, RunData, build_collator, load_rows
 from vembed.training.trainer import Batch, Trainer
 from vembed.training.verification.cases import LORA, Case, Scope, Variation, settings_of
+
+if TYPE_CHECKING:
+    from vembed.models.protocol import Encoder
 
 _ADAPTER_SCALE = 0.02
 
@@ -136,7 +139,7 @@ def prepare(subject: Subject, case: Case) -> Prepared:
     if case.variation.loss_scale is not None:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=case.variation.loss_scale)
     trainer.prepare()
-    collate = build_collator(encoder, trainer.teacher_model)
+    collate = build_collator(encoder, cast("Encoder | None", trainer.teacher_model))
     return Prepared(trainer, subject.records(case, trainer), collate, config.seed)
 
 
