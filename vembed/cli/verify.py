@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, get_args
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
@@ -60,7 +62,7 @@ def main(argv: list[str]) -> int:
     from vembed.training.verification.verify import quiet, verify_gradients
 
     quiet()
-    on_case, progress = _progress()
+    on_case, progress = _progress(arguments.processes)
     with progress:
         verification = verify_gradients(
             config,
@@ -107,11 +109,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _progress() -> tuple[OnCase, Progress]:
+def _progress(processes: int) -> tuple[OnCase, Progress]:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-    total = 2 * len(get_args(Step)) * len(VARIATIONS)
+    cases = len(get_args(Step)) * len(VARIATIONS)
+    total = cases if processes == 1 else 2 * cases
     task = progress.add_task("comparing gradients", total=total)
 
     def on_case(result: CaseResult) -> None:
@@ -170,40 +173,32 @@ def _show(verification: Verification) -> None:
 
 
 def _table(verification: Verification) -> Table:
+    several = verification.scope.processes
     table = Table(
-        caption="ratio: norm over that of the reference; difference: of an element, the largest, "
-        "relative to the largest element of the reference",
+        box=SIMPLE_HEAD,
+        caption=f"x {several}: on {several} processes. ratio: norm over that of the reference. "
+        "difference: of an element, the largest, relative to the largest of the reference",
         caption_justify="left",
     )
-    for name in ("condition", "step"):
+    table.add_column("condition")
+    for name in ("step", "group"):
         table.add_column(name, no_wrap=True)
-    for name in ("processes", "group", "ratio", "cosine", "difference", "allowed"):
-        table.add_column(name, justify="left" if name == "group" else "right", no_wrap=True)
-    last = None
-    for result in verification.results:
-        variation = result.case.variation.name
-        if last not in (None, variation):
-            table.add_section()
-        for number, (name, group) in enumerate(result.groups.items()):
-            first = number == 0
-            table.add_row(
-                variation if first and variation != last else "",
-                result.case.step if first else "",
-                str(result.case.processes) if first else "",
-                name,
-                *_numbers(group, result.tolerance),
-            )
-            last = variation
+    for name in ("ratio", "cosine", "difference"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for variation, results in groupby(verification.results, lambda r: r.case.variation):
+        names = iter((variation.name, f"<= {verification.scope.tolerance(variation):.0e}"))
+        for result in results:
+            several = f" x {result.case.processes}" if result.case.processes > 1 else ""
+            steps = iter((result.case.step + several,))
+            for group, found in result.groups.items():
+                table.add_row(next(names, ""), next(steps, ""), group, *_numbers(found, result))
+        table.add_section()
     return table
 
 
-def _numbers(group: GroupDifference, tolerance: float) -> list[Text]:
-    style = "green" if group.difference <= tolerance else "bold red"
-    if group.is_zero and group.difference == 0:
-        return [Text("zero", "yellow"), Text(""), Text("0", style), Text(f"{tolerance:.0e}")]
-    return [
-        Text(f"{group.ratio:.9g}"),
-        Text(f"{group.cosine:.9g}"),
-        Text(f"{group.difference:.1e}", style),
-        Text(f"{tolerance:.0e}"),
-    ]
+def _numbers(found: GroupDifference, result: CaseResult) -> list[Text]:
+    style = "green" if found.difference <= result.tolerance else "bold red"
+    if found.is_zero and found.difference == 0:
+        return [Text("zero", "yellow"), Text(""), Text("0", style)]
+    numbers = (f"{found.ratio:.6f}", f"{found.cosine:.6f}")
+    return [*map(Text, numbers), Text(f"{found.difference:.1e}", style)]

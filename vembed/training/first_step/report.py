@@ -115,7 +115,7 @@ class FirstStepReport:
     def lines(self) -> list[tuple[str, str]]:
         """The table, as labels and facts."""
         facts = {
-            "batch": self.batch and _batch_line(self.batch),
+            "first batch": self.batch and _batch_line(self.batch),
             "loss": self.loss and _loss_line(self.loss, self.candidates),
             "temperature": self.temperature and _temperature_line(self.temperature),
             "negatives": self.candidates and _negatives_line(self.candidates),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vembed.training.verification.cases import ACCUMULATION, LOSS_SCALING, Case
 
+_ENCODER = "encoder."
 _SAME_NUMBER = 1e-3
 _SAME_DIRECTION = 1 - 1e-6
 
@@ -22,9 +23,10 @@ class GroupDifference:
     Attributes:
         ratio: Norm of the gradient over that of the reference.
         cosine: Cosine between the two.
-        difference: Largest difference of an element, relative to the largest element of all groups
-            of the reference: where a group's gradient is a small sum of large terms, as that of a
-            temperature, its rounding errors are those of the terms.
+        difference: Largest difference of an element, relative to the largest element of the group
+            in the reference. For a parameter of the loss, relative to the largest of all groups if
+            that is larger: a temperature's gradient is one sum over all pairs, with the rounding
+            errors of terms that may be much larger than the sum.
         is_zero: Whether the reference is zero, which nothing can be learned from.
     """
 
@@ -86,25 +88,28 @@ def compare(
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys([*expected, *actual]):
         groups.setdefault(group_of(name), []).append(name)
-    scale = max((_largest(tensor) for tensor in expected.values()), default=0.0)
+    largest = max((_largest(tensor) for tensor in expected.values()), default=0.0)
     return {
-        group: _compare_group(names, actual, expected, scale) for group, names in groups.items()
+        group: _compare_group(
+            names, actual, expected, 0.0 if names[0].startswith(_ENCODER) else largest
+        )
+        for group, names in groups.items()
     }
 
 
 def group_of(name: str) -> str:
     """`backbone` of `encoder.backbone.layer.0...`, `logit_scale` of `loss.logit_scale`."""
-    owner, _, rest = name.partition(".")
-    return rest.partition(".")[0] if owner == "encoder" else rest
+    _, _, rest = name.partition(".")
+    return rest.partition(".")[0] if name.startswith(_ENCODER) else rest
 
 
 def _compare_group(
     names: Sequence[str],
     actual: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    scale: float,
+    smallest_scale: float,
 ) -> GroupDifference:
-    dot, actual_square, expected_square, difference = 0.0, 0.0, 0.0, 0.0
+    dot, actual_square, expected_square, difference, scale = 0.0, 0.0, 0.0, 0.0, smallest_scale
     for name in names:
         like = expected[name] if name in expected else actual[name]
         a, e = actual.get(name), expected.get(name)
@@ -114,6 +119,7 @@ def _compare_group(
         actual_square += float(a.square().sum())
         expected_square += float(e.square().sum())
         difference = _larger(difference, _largest(a - e))
+        scale = _larger(scale, _largest(e))
     is_zero = expected_square == 0
     same = is_zero and actual_square == 0
     return GroupDifference(

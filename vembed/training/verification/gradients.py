@@ -10,7 +10,7 @@ is simpler and stronger: one forward for all rows of a role.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from vembed.training.data_utils import (
 from vembed.training.gradient_cache import GradientCache
 from vembed.training.objective import Embeddings
 from vembed.training.trainer import Batch, Trainer
+
+# Of the keys with the prefix, `teacher_scores` are no inputs of a teacher.
+_TEACHER = tuple(f"{TEACHER_PREFIX}{role}_" for role in (*ROLES, "lengths"))
 
 Gradients = dict[str, Tensor]
 """By parameter: `encoder.NAME`, `loss.NAME`, `distillation.NAME`. One that got none is left out."""
@@ -58,13 +61,13 @@ def whole_batch_gradients(trainer: Trainer, batches: Sequence[Batch]) -> Gradien
     """The gradient of the mean loss of whole micro-batches, one forward for each role.
 
     Args:
-        trainer: Prepared, on one process. Only its encoder and its objective are used.
+        trainer: Prepared, on one process. Only its encoders and its objective are used.
         batches: Global micro-batches.
     """
     for batch in batches:
-        inputs = unpack_roles(batch, trainer.config.retrieval_mode)
-        embeddings = {role: _embed(trainer, of_role) for role, of_role in inputs.items()}
-        _backward(trainer, embeddings, batch, len(batches))
+        embeddings = {role: _embed(trainer, rows) for role, rows in _inputs(trainer, batch).items()}
+        taught = {role: _teach(trainer, rows) for role, rows in _taught(trainer, batch).items()}
+        _backward(trainer, embeddings, taught, batch, len(batches))
     return _take_gradients(trainer)
 
 
@@ -74,7 +77,7 @@ def replayed_gradients(
     """The same, with each row embedded in the chunk and with the random numbers of a real step.
 
     Args:
-        trainer: Prepared, on one process. Its encoder, its objective and its plan are used.
+        trainer: Prepared, on one process. Its encoders, its objective and its plan are used.
         batches: Global micro-batches.
         shares: The micro-batches of each process: what it takes of each global one.
         seed: Process p draws from `seed + p` on.
@@ -84,32 +87,20 @@ def replayed_gradients(
         torch.manual_seed(seed + process)
         states.append(torch.get_rng_state())
     for number, batch in enumerate(batches):
-        parts = []
+        embedded, taught = [], []
         for process, of_process in enumerate(shares):
             torch.set_rng_state(states[process])
-            parts.append(embed_in_chunks(trainer, of_process[number]))
+            embedded.append(embed_in_chunks(trainer, of_process[number]))
             states[process] = torch.get_rng_state()
-        # A process may have no rows of a role, such as hard negatives.
-        roles = [role for role in ROLES if any(role in part for part in parts)]
-        joined = {role: torch.cat([part[role] for part in parts if role in part]) for role in roles}
-        _backward(trainer, joined, batch, len(batches))
+            taught.append(_teach_in_chunks(trainer, of_process[number]))
+        _backward(trainer, _join(embedded), _join(taught), batch, len(batches))
     return _take_gradients(trainer)
 
 
 def embed_in_chunks(trainer: Trainer, batch: Batch) -> Embeddings:
     """Embeddings by role, each row in the chunk that the Trainer's next step puts it into."""
-    inputs = unpack_roles(batch, trainer.config.retrieval_mode)
-    lengths = row_lengths(batch, inputs)
-    outputs: dict[str, list[Tensor]] = {role: [] for role in inputs}
-    rows: dict[str, list[int]] = {role: [] for role in inputs}
-    for chunk in chunks_of(trainer).plan(inputs, lengths):
-        taken = take_rows(inputs[chunk.role], chunk.rows, chunk.longest)
-        outputs[chunk.role].append(_embed(trainer, taken))
-        rows[chunk.role] += chunk.rows
-    return {
-        role: torch.cat(of_role)[torch.tensor(rows[role]).argsort()]
-        for role, of_role in outputs.items()
-    }
+    inputs = _inputs(trainer, batch)
+    return _in_chunks(trainer, inputs, row_lengths(batch, inputs), _embed)
 
 
 def chunks_of(trainer: Trainer) -> GradientCache:
@@ -122,39 +113,76 @@ def cutting_error(trainer: Trainer, batch: Batch) -> float:
     """How much embeddings change when rows are cut and padded otherwise, or drawn anew.
 
     Returns:
-        The largest difference, relative to the largest element.
+        The largest difference, of student and teacher, relative to the largest element.
     """
-    inputs = unpack_roles(batch, trainer.config.retrieval_mode)
-    cut = embed_in_chunks(trainer, batch)
-    errors = []
-    for role, of_role in inputs.items():
-        whole = _embed(trainer, of_role)
-        errors.append(float((cut[role] - whole).abs().max() / whole.abs().max()))
-    return max(errors)
+    whole = [_embed(trainer, rows) for rows in _inputs(trainer, batch).values()]
+    whole += [_teach(trainer, rows) for rows in _taught(trainer, batch).values()]
+    cut = [*embed_in_chunks(trainer, batch).values(), *_teach_in_chunks(trainer, batch).values()]
+    errors = [(c - w).abs().max() / w.abs().max() for c, w in zip(cut, whole, strict=True)]
+    return float(torch.stack(errors).max())
+
+
+def _inputs(trainer: Trainer, batch: Batch) -> dict[str, Inputs]:
+    return unpack_roles(batch, trainer.config.retrieval_mode)
+
+
+def _taught(trainer: Trainer, batch: Batch) -> dict[str, Inputs]:
+    """The inputs of the teacher: its own where it has another tokenizer; none without a teacher."""
+    if trainer.teacher_model is None:
+        return {}
+    return _inputs(trainer, _of_teacher(batch))
+
+
+def _of_teacher(batch: Batch) -> Batch:
+    own = {k.removeprefix(TEACHER_PREFIX): v for k, v in batch.items() if k.startswith(_TEACHER)}
+    return own or batch
 
 
 def _embed(trainer: Trainer, inputs: Inputs) -> Tensor:
     return maybe_first(trainer.accelerator.unwrap_model(trainer.model)(**inputs))
 
 
-def _backward(trainer: Trainer, embeddings: Embeddings, batch: Batch, micro_batches: int) -> None:
-    teacher = _teach(trainer, batch)
-    loss = trainer.objective(embeddings, unpack_extras(batch), teacher)
-    (loss.total / micro_batches).backward()  # type: ignore[no-untyped-call]
-
-
 @torch.no_grad()
-def _teach(trainer: Trainer, batch: Batch) -> Embeddings | None:
-    teacher = trainer.teacher_model
-    if teacher is None:
-        return None
-    own = {
-        key.removeprefix(TEACHER_PREFIX): value
-        for key, value in batch.items()
-        if key.startswith(TEACHER_PREFIX) and key != "teacher_scores"
+def _teach(trainer: Trainer, inputs: Inputs) -> Tensor:
+    if trainer.teacher_model is None:
+        raise ValueError("there is no teacher")
+    return maybe_first(trainer.teacher_model(**inputs))
+
+
+def _teach_in_chunks(trainer: Trainer, batch: Batch) -> Embeddings:
+    inputs = _taught(trainer, batch)
+    return _in_chunks(trainer, inputs, row_lengths(_of_teacher(batch), inputs), _teach)
+
+
+def _in_chunks(
+    trainer: Trainer,
+    inputs: dict[str, Inputs],
+    lengths: dict[str, list[int]],
+    encode: Callable[[Trainer, Inputs], Tensor],
+) -> Embeddings:
+    outputs: dict[str, list[Tensor]] = {role: [] for role in inputs}
+    rows: dict[str, list[int]] = {role: [] for role in inputs}
+    for chunk in chunks_of(trainer).plan(inputs, lengths):
+        taken = take_rows(inputs[chunk.role], chunk.rows, chunk.longest)
+        outputs[chunk.role].append(encode(trainer, taken))
+        rows[chunk.role] += chunk.rows
+    return {
+        role: torch.cat(of_role)[torch.tensor(rows[role]).argsort()]
+        for role, of_role in outputs.items()
     }
-    inputs = unpack_roles(own or batch, trainer.config.retrieval_mode)
-    return {role: maybe_first(teacher(**of_role)) for role, of_role in inputs.items()}
+
+
+def _join(parts: Sequence[Embeddings]) -> Embeddings:
+    """The rows of all processes; a process may have none of a role, such as hard negatives."""
+    roles = [role for role in ROLES if any(role in part for part in parts)]
+    return {role: torch.cat([part[role] for part in parts if role in part]) for role in roles}
+
+
+def _backward(
+    trainer: Trainer, embeddings: Embeddings, taught: Embeddings, batch: Batch, micro_batches: int
+) -> None:
+    loss = trainer.objective(embeddings, unpack_extras(batch), taught or None)
+    (loss.total / micro_batches).backward()  # type: ignore[no-untyped-call]
 
 
 def _take_gradients(trainer: Trainer) -> Gradients:

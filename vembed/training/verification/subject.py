@@ -50,10 +50,22 @@ class Subject:
     rows: Rows
     micro_batches: list[list[Record]]
 
-    def records(self, case: Case, trainer: Trainer) -> list[list[Record]]:
-        """The global micro-batches of a case."""
-        chosen = self.micro_batches[: trainer.config.gradient_accumulation_steps]
-        return [*chosen[:-1], chosen[-1][:-1]] if case.variation.uneven else chosen
+    def records(self, variation: Variation, count: int) -> list[list[Record]]:
+        """The first `count` global micro-batches, as the variation has them.
+
+        Raises:
+            DoesNotApplyError: if without a row there are too few for the processes.
+        """
+        chosen = self.micro_batches[:count]
+        if not variation.uneven:
+            return chosen
+        last = chosen[-1][:-1]
+        if len(last) < self.scope.processes:
+            raise DoesNotApplyError(
+                f"without one of {len(chosen[-1])} rows there is none for one of the "
+                f"{self.scope.processes} processes"
+            )
+        return [*chosen[:-1], last]
 
 
 @dataclass(frozen=True)
@@ -92,23 +104,20 @@ def load_subject(config: TrainConfig, scope: Scope) -> Subject:
     """
     rows = load_rows(config, config.data_path, streaming=config.streaming)
     size = scope.pairs * scope.processes
-    # One row less than a batch must still be one for each process.
-    smallest = max(2, scope.processes + 1)
     if isinstance(rows, RecordDataset):
-        if len(rows) < smallest:
-            raise DataError(_too_few(config, len(rows), smallest))
-        size = min(size, len(rows))
-        order = StatelessBatchSampler(len(rows), size, seed=config.seed)
+        order = StatelessBatchSampler(len(rows), min(size, len(rows)), seed=config.seed)
         micro_batches = [rows.__getitems__(batch) for batch in islice(order, 2)]
     else:
-        first = list(islice(iter(rows), 2 * size))
-        if len(first) < smallest:
-            raise DataError(_too_few(config, len(first), smallest))
-        micro_batches = [first[:size], first[size:]]
-    # A second micro-batch that is too small to share out is replaced by the first.
-    if len(micro_batches) < 2 or len(micro_batches[1]) < smallest:
-        micro_batches = [micro_batches[0], micro_batches[0][::-1]]
-    return Subject(config, scope, rows, micro_batches)
+        stream = iter(rows)
+        micro_batches = [list(islice(stream, size)) for _ in range(2)]
+    first, second = [*micro_batches, []][:2]
+    if len(first) < scope.processes:
+        raise DataError(
+            f"{config.data_path}: {len(first)} rows cannot be shared among {scope.processes} "
+            "processes. Add rows, or verify on fewer processes"
+        )
+    # Of few rows, the second micro-batch is the first one the other way round.
+    return Subject(config, scope, rows, [first, second if len(second) == size else first[::-1]])
 
 
 def prepare(subject: Subject, case: Case) -> Prepared:
@@ -119,6 +128,7 @@ def prepare(subject: Subject, case: Case) -> Prepared:
         DoesNotApplyError: if the model cannot be varied in this way.
     """
     config = settings_of(subject.config, subject.scope, case)
+    records = subject.records(case.variation, config.gradient_accumulation_steps)
     accelerator = _accelerator(config)
     set_seed(config.seed)
     encoder = build_model(config)
@@ -140,7 +150,7 @@ def prepare(subject: Subject, case: Case) -> Prepared:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=case.variation.loss_scale)
     trainer.prepare()
     collate = build_collator(encoder, cast("Encoder | None", trainer.teacher_model))
-    return Prepared(trainer, subject.records(case, trainer), collate, config.seed)
+    return Prepared(trainer, records, collate, config.seed)
 
 
 def vary(encoder: nn.Module, variation: Variation) -> None:
@@ -170,7 +180,3 @@ def _accelerator(config: TrainConfig) -> Accelerator:
     # An Accelerator keeps its precision in class attributes, for all that are made later.
     AcceleratorState._reset_state()
     return build_accelerator(config)
-
-
-def _too_few(config: TrainConfig, found: int, needed: int) -> str:
-    return f"{config.data_path}: {found} rows, but verifying needs at least {needed}"

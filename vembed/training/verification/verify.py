@@ -7,7 +7,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -93,7 +94,7 @@ def verify_gradients(
 
     Args:
         config: The settings of the run.
-        processes: Processes to start, at least 2.
+        processes: Processes to share the rows among; 1 starts none.
         precision: `float64` shows every mistake; `float32` is what most runs compute in.
         pairs: Rows per process and micro-batch; None takes the batch size, or 8 if that is less.
         on_case: Called after each case.
@@ -106,21 +107,22 @@ def verify_gradients(
     config = TrainConfig.coerce(config)
     raise_problems(config)
     scope = _scope(config, processes, precision, pairs)
-    with LocalProcesses(processes) as group:
+    with LocalProcesses(processes) if processes > 1 else nullcontext() as group:
         return verify_on(group, config, scope, on_case=on_case)
 
 
 def verify_on(
-    group: LocalProcesses,
+    group: LocalProcesses | None,
     config: TrainConfig,
     scope: Scope,
     *,
-    variations: tuple[Variation, ...] = VARIATIONS,
+    variations: Sequence[Variation] = VARIATIONS,
     on_case: OnCase = lambda result: None,
 ) -> Verification:
-    """As `verify_gradients`, on processes that already run."""
+    """As `verify_gradients`, on processes that already run; None for this one alone."""
     subject = load_subject(config, scope)
-    group.run(_load, config, scope, what="reading the rows")
+    if group is not None:
+        group.run(_load, config, scope, what="reading the rows")
     results: list[CaseResult] = []
     with tempfile.TemporaryDirectory(prefix="vembed-verify-") as folder:
         for variation in variations:
@@ -146,7 +148,7 @@ def _scope(config: TrainConfig, processes: int, precision: Precision, pairs: int
             f"verifying starts its own processes. Received: one of {started} that a launcher "
             "started. Run it by itself"
         )
-    for name, number, least in (("processes", processes, 2), ("pairs", pairs, 1)):
+    for name, number, least in (("processes", processes, 1), ("pairs", pairs, 1)):
         if number is not None and number < least:
             raise ConfigError(f"{name}: must be at least {least}. Received: {number}")
     if precision not in get_args(Precision):
@@ -156,11 +158,15 @@ def _scope(config: TrainConfig, processes: int, precision: Precision, pairs: int
 
 
 def _verify_step(
-    subject: Subject, variation: Variation, step: Step, group: LocalProcesses, folder: Path
+    subject: Subject,
+    variation: Variation,
+    step: Step,
+    group: LocalProcesses | None,
+    folder: Path,
 ) -> list[CaseResult]:
     """The cases of one process and of several."""
     scope = subject.scope
-    cases = [Case(variation, step, processes) for processes in (1, scope.processes)]
+    cases = [Case(variation, step, processes) for processes in sorted({1, scope.processes})]
     tolerance = scope.tolerance(variation)
     try:
         prepared = prepare(subject, cases[0])
@@ -174,7 +180,7 @@ def _verify_step(
     results = []
     for case in cases:
         reference = _reference(prepared, kind, case.processes)
-        if case.processes == 1:
+        if group is None or case.processes == 1:
             actual = step_gradients(prepared.trainer, prepared.whole(), seed=prepared.seed)
             groups = compare(actual, reference)
         else:
@@ -215,18 +221,23 @@ def _measure(case: Case, reference: str) -> dict[str, GroupDifference] | None:
     return compare(actual, load_file(reference)) if accelerator.is_main_process else None
 
 
-def _facts(config: TrainConfig, scope: Scope, results: list[CaseResult]) -> dict[str, str]:
-    replayed = sum(result.reference == "replayed" for result in results)
-    compared = sum(result.skipped is None for result in results)
+def _facts(config: TrainConfig, scope: Scope, results: Sequence[CaseResult]) -> dict[str, str]:
+    compared = [result for result in results if result.skipped is None]
+    whole = sum(result.reference == "whole" for result in compared)
+    calm = [r.cutting_error for r in compared if not _is_random(r.case.variation)]
+    amp = ", for AMP to float32" if scope.precision == "float64" else ""
     return {
-        "weights": f"converted to {scope.precision}"
-        + (", for AMP to float32" if scope.precision == "float64" else ""),
-        "rows": f"{scope.pairs} per process and micro-batch (batch_size: {config.batch_size}), "
-        f"on {scope.processes} processes (gloo, CPU)",
+        "weights": f"converted to {scope.precision}{amp}",
+        "rows": f"{scope.pairs} per process and micro-batch (batch_size: {config.batch_size}), on "
+        f"{scope.processes} {'processes (gloo, CPU)' if scope.processes > 1 else 'process (CPU)'}",
         "cached": f"chunks of {chunk_size(config, scope)} items; the first one's activations kept, "
         "the others encoded again",
-        "reference": f"{compared - replayed} cases: one forward for all rows of a role; "
-        f"{replayed} cases: one graph of the chunks and the random numbers of the step, because "
-        "this encoder's embeddings change when rows are cut otherwise (dropout, or parts that are "
-        "computed in lower precision)",
+        "reference": f"{whole} of {len(compared)} cases: one forward for all rows of a role; the "
+        "others: the chunks and random numbers of the step, in one graph",
+        "cutting": f"without dropout, cutting and padding rows otherwise changes embeddings by "
+        f"{max(calm, default=0.0):.0e}",
     }
+
+
+def _is_random(variation: Variation) -> bool:
+    return variation.own_dropout or variation.autocast

@@ -29,7 +29,7 @@ def test_the_table_of_a_contrastive_batch():
         memory=Memory(3 * 2**20, 5 * 2**30),
     )
     lines = dict(report.lines())
-    assert lines["batch"] == (
+    assert lines["first batch"] == (
         "4 queries = 4 x 1 process; 2 such micro-batches a step, each with its own negatives"
     )
     assert lines["negatives"] == (
@@ -48,7 +48,8 @@ def test_the_table_of_a_contrastive_batch():
 def test_processes_of_different_sizes_are_told_apart():
     one = report_on(*healthy(), InfoNCE(0.1))
     lines = [
-        dict(replace(one, batch=BatchSize(sizes, 1)).lines())["batch"] for sizes in ((8, 8), (8, 7))
+        dict(replace(one, batch=BatchSize(sizes, 1)).lines())["first batch"]
+        for sizes in ((8, 8), (8, 7))
     ]
     assert lines == ["16 queries = 8 x 2 processes", "15 queries = 8 + 7"]
 
