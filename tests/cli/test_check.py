@@ -33,7 +33,7 @@ def test_shows_lengths_duplicates_a_sample_and_a_step(check):
     assert "rows.jsonl:25" in shown
     assert "[CLS] query : " in shown  # prompts are part of what the model sees
     assert "[CLS] passage : " in shown or "[CLS] p" in shown
-    assert "4 per process x 1 processes x 2 micro-batches" in shown
+    assert "4 x 1 processes x 2 micro-batches" in shown
     assert "One step: loss " in shown
 
 

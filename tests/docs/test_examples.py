@@ -38,7 +38,10 @@ def test_train_text(tiny_bert_path, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("train_with_components.py", "steps, 1 of them warm-up"), ("custom_step.py", "tokens in 4 steps")],
+    [
+        ("train_with_components.py", "steps, 1 of them warm-up"),
+        ("custom_step.py", "tokens in 4 steps"),
+    ],
 )
 def test_scripts_that_read_a_config(name, words, tiny_bert_path, tmp_path):
     out = run_example(

@@ -173,11 +173,12 @@ def _show(verification: Verification) -> None:
 
 
 def _table(verification: Verification) -> Table:
-    several = verification.scope.processes
+    count = verification.scope.processes
+    several = f"x {count}: on {count} processes. " if count > 1 else ""
     table = Table(
         box=SIMPLE_HEAD,
-        caption=f"x {several}: on {several} processes. ratio: norm over that of the reference. "
-        "difference: of an element, the largest, relative to the largest of the reference",
+        caption=f"{several}ratio: norm over that of the reference. difference: of an element, the "
+        "largest, relative to the largest of the reference",
         caption_justify="left",
     )
     table.add_column("condition")
@@ -188,8 +189,8 @@ def _table(verification: Verification) -> Table:
     for variation, results in groupby(verification.results, lambda r: r.case.variation):
         names = iter((variation.name, f"<= {verification.scope.tolerance(variation):.0e}"))
         for result in results:
-            several = f" x {result.case.processes}" if result.case.processes > 1 else ""
-            steps = iter((result.case.step + several,))
+            times = f" x {result.case.processes}" if result.case.processes > 1 else ""
+            steps = iter((result.case.step + times,))
             for group, found in result.groups.items():
                 table.add_row(next(names, ""), next(steps, ""), group, *_numbers(found, result))
         table.add_section()

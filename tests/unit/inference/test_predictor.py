@@ -59,7 +59,8 @@ def test_batch_size_is_the_most_items_of_a_forward_pass(predictor):
     )
     small = predictor.encode_text(TEXTS, batch_size=2)
     hook.remove()
-    assert sizes == [2, 1]
+    assert sum(sizes) == 3
+    assert max(sizes) <= 2
     np.testing.assert_allclose(small, predictor.encode_text(TEXTS), atol=1e-6)
 
 

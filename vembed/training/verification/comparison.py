@@ -12,6 +12,8 @@ from torch import Tensor
 from vembed.training.verification.cases import ACCUMULATION, LOSS_SCALING, Case
 
 _ENCODER = "encoder."
+# As transformers names them in models of text and image.
+_TOWERS = frozenset({"text_model", "vision_model", "language_model", "visual"})
 _SAME_NUMBER = 1e-3
 _SAME_DIRECTION = 1 - 1e-6
 
@@ -98,9 +100,15 @@ def compare(
 
 
 def group_of(name: str) -> str:
-    """`backbone` of `encoder.backbone.layer.0...`, `logit_scale` of `loss.logit_scale`."""
+    """`backbone` of `encoder.backbone.layer.0...`, `logit_scale` of `loss.logit_scale`.
+
+    The towers of a backbone with several are groups of their own.
+    """
     _, _, rest = name.partition(".")
-    return rest.partition(".")[0] if name.startswith(_ENCODER) else rest
+    if not name.startswith(_ENCODER):
+        return rest
+    parts = rest.split(".")
+    return next((part for part in parts if part in _TOWERS), parts[0])
 
 
 def _compare_group(
