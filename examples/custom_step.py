@@ -1,6 +1,6 @@
 """A step of your own: subclass the trainer and override `_step_standard`.
 
-    python examples/custom_step.py --config configs/train.yaml --epochs 1
+python examples/custom_step.py --config configs/train.yaml --epochs 1
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """The smallest run: three lines of Python, from pairs in a file to a better model and the proof.
 
-    python examples/train_text.py [MODEL] [OUTPUT_DIR]
+python examples/train_text.py [MODEL] [OUTPUT_DIR]
 """
 
 import sys

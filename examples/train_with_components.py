@@ -1,6 +1,6 @@
 """The same run from its parts, each of which you may replace by your own.
 
-    python examples/train_with_components.py --config configs/train.yaml --epochs 1
+python examples/train_with_components.py --config configs/train.yaml --epochs 1
 """
 
 from accelerate import Accelerator
