@@ -232,7 +232,9 @@ class TrainConfig(BaseModel):
     drop_last: bool = Field(False, description="Drop the last, smaller batch of an epoch")
 
     # --- loss
-    loss_type: str = Field("infonce", description="infonce, cosent, supcon, or package.module:Name")
+    loss_type: str = Field(
+        "infonce", description="infonce, sigmoid, cosent, supcon, or package.module:Name"
+    )
     loss_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of the loss"
     )
@@ -518,6 +520,11 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
         )
     if not config.streaming:
         return
+    if config.max_train_samples is not None:
+        yield Problem(
+            ("max_train_samples", "streaming"),
+            "a stream has no first rows to choose. Set max_steps instead",
+        )
     if config.max_steps is None:
         yield Problem(
             ("streaming", "max_steps"),
@@ -540,6 +547,13 @@ def _validation_conflicts(config: TrainConfig) -> Iterator[Problem]:
             )
 
 
+_LOSS_SETTINGS = {
+    "temperature": "temperature",
+    "learn_temperature": "learn_temperature",
+    "bidirectional": "loss_bidirectional",
+}
+
+
 def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
     steps, warmup = config.max_steps, config.warmup_steps
     if steps is not None and warmup is not None and warmup > steps:
@@ -548,6 +562,9 @@ def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
             f"the learning rate would never be reached: {warmup} steps of warm-up, "
             f"but max_steps is {steps}",
         )
+    for key, setting in _LOSS_SETTINGS.items():
+        if key in config.loss_kwargs:
+            yield Problem(("loss_kwargs",), f"{key} is a setting of its own. Set {setting}")
     if config.mixed_precision == "fp16" and config.device == "cpu":
         yield Problem(
             ("mixed_precision", "device"),

@@ -189,6 +189,11 @@ CONFLICTS = [
     ({"max_steps": 5, "warmup_steps": 6}, "warmup_steps: the learning rate would never be reach"),
     ({"mixed_precision": "fp16", "device": "cpu"}, "mixed_precision: fp16 needs an accelerator"),
     ({"mixed_precision": "fp16", "torch_dtype": "float16"}, "mixed_precision: fp16 scales the lo"),
+    ({"loss_kwargs": {"temperature": 1}}, "loss_kwargs: temperature is a setting of its own"),
+    (
+        {"streaming": True, "max_steps": 1, "holdout_ratio": 0, "max_train_samples": 5},
+        "max_train_samples: a stream has no first rows",
+    ),
     (
         {"ddp_static_graph": True, "use_gradient_cache": True},
         "ddp_static_graph: does not work with use_gradient_cache: true",
