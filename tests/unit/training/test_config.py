@@ -361,6 +361,7 @@ class TestSaving:
         settings = {key: value for key, (_, value) in OTHER.items()} | extra
         settings |= {
             "ddp_static_graph": False,
+            "streaming": False,
             "query_prompt": "one:\ntwo # ' \" é \u2028",
             "data_path": ["a", {"path": "b", "query_prompt": "no"}],
         }
