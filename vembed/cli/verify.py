@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from dataclasses import asdict
 from itertools import groupby
@@ -62,6 +63,8 @@ def main(argv: list[str]) -> int:
     from vembed.training.verification.verify import quiet, verify_gradients
 
     quiet()
+    # SIGTERM, too, shall end the processes and remove what is on the disk.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     on_case, progress = _progress(arguments.processes)
     with progress:
         verification = verify_gradients(
@@ -160,6 +163,9 @@ def _show(verification: Verification) -> None:
     skipped = {r.case.variation.name: r.skipped for r in verification.results if r.skipped}
     for name, reason in skipped.items():
         console.print(Text(f"{name}: skipped: {reason}", "yellow"))
+    if any(group.is_zero for result in verification.results for group in result.groups.values()):
+        text = "zero: the reference has no gradient, which shows nothing. More rows: --pairs"
+        console.print(Text(text, "yellow"))
     for suspicion in verification.suspicions:
         console.print(
             Text(f"{suspicion.case.name}: ", "bold red").append(

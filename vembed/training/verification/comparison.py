@@ -104,9 +104,9 @@ def group_of(name: str) -> str:
 
     The towers of a backbone with several are groups of their own.
     """
-    _, _, rest = name.partition(".")
+    owner, _, rest = name.partition(".")
     if not name.startswith(_ENCODER):
-        return rest
+        return rest if owner == "loss" else name
     parts = rest.split(".")
     return next((part for part in parts if part in _TOWERS), parts[0])
 

@@ -42,7 +42,7 @@ class Subject:
         config: The user's settings.
         scope: How much of it.
         rows: The training rows.
-        micro_batches: The first two global micro-batches that a run trains on.
+        micro_batches: Two global micro-batches, drawn as a run draws its first ones.
     """
 
     config: TrainConfig

@@ -57,6 +57,7 @@ OnCase = Callable[[CaseResult], None]
 
 # An encoder is as good as deterministic if its own differences are well below what is looked for.
 _CUTTING_SHARE = 0.1
+_SUSPICIOUS_CUTTING_ERROR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def verify_gradients(
 ) -> Verification:
     """Compare the gradients of a run's first rows with those of one graph over all of them.
 
-    Weights are converted to `precision`, and everything runs on the CPU.
+    Weights are converted to `precision`, and everything runs on the CPU. An Accelerator that was
+    made in this process before is of no further use.
 
     Args:
         config: The settings of the run.
@@ -244,7 +246,9 @@ def _measure(case: Case, reference: str) -> dict[str, GroupDifference] | None:
 def _facts(config: TrainConfig, scope: Scope, results: Sequence[CaseResult]) -> dict[str, str]:
     compared = [result for result in results if result.skipped is None]
     whole = sum(result.reference == "whole" for result in compared)
-    calm = [r.cutting_error for r in compared if not _is_random(r.case.variation)]
+    calm = (r.cutting_error for r in compared if not _is_random(r.case.variation))
+    error = max(calm, default=0.0)
+    leak = ": does padding reach them?" if error > _SUSPICIOUS_CUTTING_ERROR else ""
     amp = ", for AMP to float32" if scope.precision == "float64" else ""
     return {
         "weights": f"converted to {scope.precision}{amp}",
@@ -255,7 +259,7 @@ def _facts(config: TrainConfig, scope: Scope, results: Sequence[CaseResult]) -> 
         "reference": f"{whole} of {len(compared)} cases: one forward for all rows of a role; the "
         "others: the chunks and random numbers of the step, in one graph",
         "cutting": f"without dropout, cutting and padding rows otherwise changes embeddings by "
-        f"{max(calm, default=0.0):.0e}",
+        f"{error:.0e}{leak}",
     }
 
 

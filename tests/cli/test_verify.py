@@ -1,0 +1,124 @@
+"""`vembed verify gradients`, as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import psutil
+import pytest
+
+from tests.cli.conftest import BIN
+from tests.tiny import PAIRS, write_rows
+from vembed.cli import main
+
+
+@pytest.fixture
+def settings(tmp_path, tiny_bert_path) -> list[str]:
+    path = write_rows(tmp_path / "rows.jsonl", PAIRS)
+    return ["--model_name", str(tiny_bert_path), "--data_path", str(path), "--batch_size", "4"]
+
+
+def test_two_processes(vembed, settings, tmp_path):
+    done = vembed("verify", "gradients", *settings, "--learn_temperature", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    found = json.loads(done.stdout)
+    assert found["passed"]
+    assert (found["processes"], found["precision"], found["pairs"]) == (2, "float64", 4)
+    assert len(found["cases"]) == 28
+    assert {case["step"] for case in found["cases"]} == {"plain", "cached"}
+    for case in found["cases"]:
+        assert set(case["groups"]) == {"backbone", "logit_scale"}
+        for group in case["groups"].values():
+            assert group["difference"] <= case["tolerance"]
+            assert group["ratio"] == pytest.approx(1, abs=0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"], "something was written"
+
+
+def test_a_loss_without_a_gather(vembed, settings, tmp_path):
+    (tmp_path / "my_losses.py").write_text(
+        "import torch\n"
+        "def rank(query, positive):\n"
+        "    return torch.nn.functional.cross_entropy(query @ positive.T, "
+        "torch.arange(len(query)))\n"
+    )
+    loss = ["--loss_type", "my_losses:rank"]
+    done = vembed("verify", "gradients", *settings, *loss, PYTHONPATH=str(tmp_path), COLUMNS="200")
+    assert done.returncode == 1
+    assert "14 of 28 cases" in done.stdout
+    assert "as configured, plain, 2 processes: the same rows give the right" in done.stdout
+    assert "Look at: loss_type" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_gradient_of_zero_is_said_to_show_nothing(settings, tmp_path, capsys):
+    write_rows(tmp_path / "rows.jsonl", PAIRS[:1])
+    assert main(["verify", "gradients", *settings, "--processes", "1"]) == 0
+    assert "which shows nothing" in capsys.readouterr().out
+
+
+def test_one_process_as_a_table(settings, capsys):
+    assert main(["verify", "gradients", *settings, "--processes", "1", "--pairs", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "14 of 14 cases give the gradient of the whole batch" in shown
+    assert "3 per process and micro-batch (batch_size: 4)" in shown
+    for condition in ("as configured", "dropout", "LoRA", "AMP (bf16)", "uneven last batch"):
+        assert condition in shown
+    assert "<= 1e-12" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gradient"], "unknown topic 'gradient' (did you mean 'gradients'?)"),
+        (["gradients", "--precision", "half"], "--precision"),
+        (["gradients", "--processes", "0"], "processes: must be at least 1. Received: 0"),
+        (["gradients", "--processes", "many"], "--processes"),
+        (["gradients", "--lr", "x"], "--lr: expected a number"),
+        (["gradients", "--loss_type", "cosent", "--processes", "1"], "score"),
+    ],
+)
+def test_mistakes(settings, capsys, arguments, message):
+    status = main(["verify", *arguments, *(settings if arguments[0] == "gradients" else [])])
+    shown = capsys.readouterr()
+    assert status == 2
+    assert message in shown.err
+    assert shown.out == ""
+
+
+def test_help(capsys):
+    assert main(["verify", "gradients", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--processes N" in shown
+    assert "float64 1e-12, float32 1e-05" in " ".join(shown.split())
+    assert main(["verify"]) == 2
+
+
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_left_behind_when_it_is_interrupted(settings, tmp_path, ended_by):
+    command = [BIN / "vembed", "verify", "gradients", *settings]
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    program = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    children = wait_for(lambda: psutil.Process(program.pid).children(recursive=True), 3)
+    program.send_signal(ended_by)
+    _, said = program.communicate(timeout=60)
+    assert program.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    psutil.wait_procs(children, timeout=20)
+    assert not [child for child in children if child.is_running()]
+    assert not list(scratch.iterdir())
+
+
+def wait_for(find, count: int) -> list:
+    deadline = time.monotonic() + 120
+    while len(found := find()) < count:
+        assert time.monotonic() < deadline, "the processes did not start"
+        time.sleep(0.05)
+    return found

@@ -1,0 +1,212 @@
+"""The harness of `vembed verify gradients` on two processes: what it passes, and what it sees.
+
+One process: tests/numerics/test_gradient_parity.py.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.numerics.test_gradient_parity import FAMILIES, failures, rows_for, towers
+from tests.tiny import PAIRS, write_rows
+from vembed.config import TrainConfig
+from vembed.errors import ConfigError, DataError
+from vembed.losses import LOSSES
+from vembed.training import gradient_cache, trainer
+from vembed.training.verification.cases import (
+    ACCUMULATION,
+    AS_CONFIGURED,
+    DROPOUT,
+    UNEVEN,
+    VARIATIONS,
+    Scope,
+)
+from vembed.training.verification.processes import LocalProcesses
+from vembed.training.verification.verify import verify_on
+
+TWO = Scope(processes=2, precision="float64", pairs=4)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """Two processes that serve every test here."""
+    with LocalProcesses(2, timeout_s=120) as group:
+        yield group
+
+
+@pytest.fixture
+def verify(pair, tmp_path, request):
+    """Verifies a tiny model on rows for the loss."""
+
+    def run(*variations, family="bert", loss="infonce", rows=None, scope=TWO, **settings):
+        path = write_rows(tmp_path / "rows.jsonl", rows or rows_for(loss))
+        model = request.getfixturevalue(f"tiny_{family}_path")
+        settings = {"loss_type": loss, **settings}
+        config = TrainConfig(model_name=str(model), data_path=str(path), **settings)
+        return verify_on(pair, config, scope, variations=variations)
+
+    return run
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_under_every_condition(verify, loss):
+    verification = verify(*VARIATIONS, loss=loss)
+    assert not failures(verification)
+    assert len(verification.results) == 4 * len(VARIATIONS)
+    assert not any(g.is_zero for r in verification.results for g in r.groups.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_encoder_family(verify, family):
+    settings = {"learn_temperature": True, "loss_bidirectional": True}
+    verification = verify(AS_CONFIGURED, DROPOUT, UNEVEN, family=family, **settings)
+    assert not failures(verification)
+
+
+def test_float32(verify):
+    scope = Scope(2, "float32", 4)
+    assert not failures(verify(*VARIATIONS, scope=scope, learn_temperature=True))
+
+
+def test_distillation_with_adapters_and_checkpointing(verify, tiny_qwen3_path):
+    settings = {
+        "teacher_model_name": str(tiny_qwen3_path),
+        "use_lora": True,
+        "gradient_checkpointing": True,
+        "gradient_accumulation_steps": 2,
+    }
+    assert not failures(verify(AS_CONFIGURED, UNEVEN, **settings))
+
+
+def test_static_graph(verify):
+    assert not failures(verify(AS_CONFIGURED, ddp_static_graph=True))
+
+
+# --- traps
+
+
+def test_a_process_without_hard_negatives(verify):
+    rows = [dict(pair) for pair in PAIRS[:8]]
+    rows[3]["negatives"] = ["the sun is cold", "an old stone"]
+    assert not failures(verify(AS_CONFIGURED, ACCUMULATION, DROPOUT, UNEVEN, rows=rows))
+
+
+def test_one_row_for_each_process(verify):
+    scope = Scope(2, "float64", 1)
+    verification = verify(AS_CONFIGURED, ACCUMULATION, UNEVEN, scope=scope)
+    assert not failures(verification)
+    assert "none for one of the 2 processes" in verification.results[-1].skipped
+
+
+def test_a_process_with_one_row_beside_one_with_two(verify):
+    scope = Scope(2, "float64", 2)
+    assert not failures(verify(AS_CONFIGURED, DROPOUT, UNEVEN, scope=scope))
+
+
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid"])
+def test_one_text_repeated(verify, loss):
+    verification = verify(AS_CONFIGURED, UNEVEN, loss=loss, rows=[PAIRS[0]] * 8)
+    assert not failures(verification)
+
+
+def test_the_last_chunk_of_every_process_uses_one_tower(verify):
+    verification = verify(AS_CONFIGURED, ACCUMULATION, UNEVEN, **towers("load"))
+    assert not failures(verification)
+    assert set(verification.results[0].groups) == {"text_model", "vision_model"}
+
+
+def test_frozen_and_unused_parameters(verify):
+    assert not failures(verify(AS_CONFIGURED, **towers("load_with_frozen_tower")))
+    spare = towers("load_with_spare_parameter")
+    assert not failures(verify(AS_CONFIGURED, **spare, ddp_find_unused_parameters=True))
+
+
+# --- what the harness must see
+
+
+def broken(name: str) -> str:
+    return f"tests.numerics.broken_losses:{name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("TimesProcesses", "backbone is 2 times"),
+        ("OverProcesses", "backbone is 0.5 times"),
+        ("WithoutGather", "rows of other processes do not reach the loss"),
+        ("TemperatureTimesProcesses", "logit_scale is 2 times"),
+    ],
+)
+def test_mistakes_in_a_loss(verify, name, text):
+    verification = verify(AS_CONFIGURED, UNEVEN, loss=broken(name))
+    assert len(verification.suspicions) == 4  # two conditions, plain and cached
+    for suspicion in verification.suspicions:
+        assert suspicion.case.processes == 2
+        assert suspicion.setting == "loss_type"
+        assert text in suspicion.text
+
+
+def test_a_reduction_that_sums_is_seen(verify, pair):
+    pair.run(sum_gradients, what="breaking the reduction")
+    try:
+        verification = verify(AS_CONFIGURED)
+    finally:
+        pair.run(mean_gradients, what="mending the reduction")
+    assert [s.case.processes for s in verification.suspicions] == [2, 2]
+    assert all("is 2 times what it should be" in s.text for s in verification.suspicions)
+    assert not failures(verify(AS_CONFIGURED))
+
+
+def test_without_replay_the_error_is_plain(verify, pair):
+    pair.run(forget_replay, what="breaking the cache")
+    try:
+        verification = verify(DROPOUT)
+    finally:
+        pair.run(remember_replay, what="mending the cache")
+    (suspicion,) = verification.suspicions  # this process, on its own, was left whole
+    assert (suspicion.case.step, suspicion.case.processes) == ("cached", 2)
+    (result,) = [r for r in verification.results if not r.passed]
+    assert 0.2 < result.groups["backbone"].difference < 2
+
+
+def test_an_error_on_the_processes_arrives_as_what_it_is(pair):
+    with LocalProcesses(2) as own, pytest.raises(ConfigError, match="process . *: learn_temp"):
+        own.run(raise_config_error, what="a test")
+    with LocalProcesses(2) as own, pytest.raises(DataError, match="3 rows"):
+        own.run(raise_data_error, what="a test")
+
+
+_reduce = trainer.reduce_gradients
+_restore = gradient_cache.RandomState.restore
+
+
+def sum_gradients() -> None:
+    def reduce(parameters):
+        parameters = list(parameters)
+        calls = _reduce(parameters)
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad *= 2
+        return calls
+
+    trainer.reduce_gradients = reduce
+
+
+def mean_gradients() -> None:
+    trainer.reduce_gradients = _reduce
+
+
+def forget_replay() -> None:
+    gradient_cache.RandomState.restore = lambda self: None
+
+
+def remember_replay() -> None:
+    gradient_cache.RandomState.restore = _restore
+
+
+def raise_config_error() -> None:
+    raise ConfigError("learn_temperature: no")
+
+
+def raise_data_error() -> None:
+    raise DataError("3 rows")
