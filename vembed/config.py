@@ -329,6 +329,10 @@ class TrainConfig(BaseModel):
     num_processes: Int | None = Field(
         None, gt=0, description="Processes that must take part; null: as many as were started"
     )
+    distributed_strategy: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="What processes share: ddp gradients; fsdp2 also weights and optimizer state",
+    )
     ddp_find_unused_parameters: bool = Field(
         False,
         description="Allow trainable parameters without a gradient; otherwise an error names them",
@@ -577,6 +581,8 @@ def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
         )
     if config.ddp_static_graph:
         yield from _static_graph_conflicts(config)
+    if config.distributed_strategy == "fsdp2":
+        yield from _fsdp2_conflicts(config)
 
 
 def _static_graph_conflicts(config: TrainConfig) -> Iterator[Problem]:
@@ -592,6 +598,25 @@ def _static_graph_conflicts(config: TrainConfig) -> Iterator[Problem]:
                 f"does not work with {key}: {str(config[key]).lower()}, because DDP with a static "
                 "graph must reduce gradients in every backward pass. Turn one of them off",
             )
+
+
+def _fsdp2_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    if config.ddp_static_graph:
+        yield Problem(
+            ("ddp_static_graph", "distributed_strategy"),
+            "is a setting of DDP, but distributed_strategy is fsdp2. Set it to false",
+        )
+    if config.mixed_precision == "fp16":
+        yield Problem(
+            ("mixed_precision", "distributed_strategy"),
+            "fp16 scales the loss by what all gradients allow, but with distributed_strategy: "
+            "fsdp2 a process sees its share only. Use bf16 or no",
+        )
+    if config.num_processes == 1:
+        yield Problem(
+            ("distributed_strategy", "num_processes"),
+            "fsdp2 shares weights out among processes, but num_processes is 1. Set ddp",
+        )
 
 
 # Names that pydantic puts into an error's location for the alternatives of `data_path`.

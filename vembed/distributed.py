@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
+
+_Tensor = TypeVar("_Tensor", bound=Tensor)
 
 _BUCKET_BYTES = 256 * 2**20
 
@@ -98,6 +102,23 @@ def gather_rows(rows: Tensor, counts: list[int] | None = None) -> Tensor:
     return _all_gather_uneven(rows, counts)
 
 
+def global_mean(values: Tensor) -> Tensor:
+    """What a loss of independent rows returns: their mean over all processes, to be averaged.
+
+    A plain `values.mean()` gives the rows of a process that has fewer of them too much weight.
+
+    Collective: every process must call it.
+
+    Args:
+        values: `[B]`, one per row of this process; B may differ between processes, and be 0.
+
+    Returns:
+        A scalar whose mean over processes is the mean over the rows of all of them.
+    """
+    rows = sum(gather_counts(len(values), values.device))
+    return values.sum() * (process_count() / rows)
+
+
 def all_reduce_mean(value: Tensor) -> Tensor:
     """Mean of `value` over processes, without gradient. Collective: every process must call it."""
     return all_reduce_sum(value) / process_count()
@@ -148,12 +169,9 @@ def reduce_gradients(parameters: Iterable[nn.Parameter]) -> int:
     trainable = [p for p in parameters if p.requires_grad]
     if not is_distributed() or not trainable:
         return 0
-    used = torch.tensor(
-        [p.grad is not None for p in trainable], dtype=torch.int32, device=trainable[0].device
-    )
-    dist.all_reduce(used, op=dist.ReduceOp.MAX)
     calls = 0
-    for bucket in _buckets([p for p, flag in zip(trainable, used.tolist(), strict=True) if flag]):
+    used = used_anywhere(trainable)
+    for bucket in _buckets([p for p, flag in zip(trainable, used, strict=True) if flag]):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
         flat = torch.cat([g.reshape(-1) for g in grads])
         dist.all_reduce(flat)
@@ -165,16 +183,58 @@ def reduce_gradients(parameters: Iterable[nn.Parameter]) -> int:
     return calls
 
 
-def _buckets(parameters: list[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """Consecutive parameters of one dtype, together at most `_BUCKET_BYTES`, or a larger one."""
-    bucket: list[nn.Parameter] = []
+def used_anywhere(parameters: Iterable[nn.Parameter]) -> list[bool]:
+    """Which parameters have a gradient on any process. Collective: every process must call it."""
+    found = list(parameters)
+    if not found:
+        return []
+    used = torch.tensor(
+        [p.grad is not None for p in found], dtype=torch.int32, device=found[0].device
+    )
+    if is_distributed():
+        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in used.tolist()]
+
+
+def reduce_shares(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Average tensors over processes, each of which keeps its share of the rows.
+
+    Rows are dealt out as by `torch.chunk`: process p gets the p-th chunk, which may be empty.
+
+    Collective: every process must call it with tensors of the same shapes and types.
+
+    Args:
+        tensors: Each `[R, ...]`.
+    """
+    shares: list[Tensor] = []
+    for bucket in _buckets(tensors):
+        # Chunks are padded to one size, so that a single collective deals out all tensors.
+        heights = [-(-len(tensor) // process_count()) for tensor in bucket]
+        padded = [
+            functional.pad(t.reshape(len(t), -1), (0, 0, 0, height * process_count() - len(t)))
+            for t, height in zip(bucket, heights, strict=True)
+        ]
+        flat = torch.cat([t.view(process_count(), -1) for t in padded], 1)
+        own = flat.new_empty(flat.shape[1])
+        dist.reduce_scatter_tensor(own, flat.view(-1))
+        own /= process_count()
+        parts = torch.split(own, [t.numel() // process_count() for t in padded])
+        for tensor, height, part in zip(bucket, heights, parts, strict=True):
+            rows = min(height, max(0, len(tensor) - height * process_index()))
+            shares.append(part.view(height, *tensor.shape[1:])[:rows].contiguous())
+    return shares
+
+
+def _buckets(tensors: Iterable[_Tensor]) -> Iterable[list[_Tensor]]:
+    """Consecutive tensors of one dtype, together at most `_BUCKET_BYTES`, or a larger one."""
+    bucket: list[_Tensor] = []
     size = 0
-    for parameter in parameters:
-        nbytes = parameter.numel() * parameter.element_size()
-        if bucket and (size + nbytes > _BUCKET_BYTES or parameter.dtype != bucket[0].dtype):
+    for tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if bucket and (size + nbytes > _BUCKET_BYTES or tensor.dtype != bucket[0].dtype):
             yield bucket
             bucket, size = [], 0
-        bucket.append(parameter)
+        bucket.append(tensor)
         size += nbytes
     if bucket:
         yield bucket

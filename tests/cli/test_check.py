@@ -34,7 +34,17 @@ def test_shows_lengths_duplicates_a_sample_and_a_step(check):
     assert "[CLS] query : " in shown  # prompts are part of what the model sees
     assert "[CLS] passage : " in shown or "[CLS] p" in shown
     assert "4 x 1 processes x 2 micro-batches" in shown
-    assert "One step: loss " in shown
+    assert "one step, " in shown
+    assert "chance" in shown
+    assert "gradient norm" in shown
+    assert "Nothing was written" in shown
+
+
+def test_what_looks_wrong_in_the_step_is_said(check):
+    status, shown, _ = check(PAIRS, "--batch_size", "1")
+    assert status == 0
+    assert "warning" in shown
+    assert "batch_size" in shown.partition("warning")[2]
 
 
 def test_negatives_are_shown(check):
@@ -49,7 +59,7 @@ def test_a_stream_is_read_to_its_end(check):
     settings = ["--streaming", "--max_steps", "2", "--holdout_ratio", "0", "--batch_size", "4"]
     status, shown, _ = check(PAIRS, *settings)
     assert status == 0
-    assert "One step: loss " in shown
+    assert "one step, " in shown
     status, _, err = check([*PAIRS, {"query": "no positive"}], *settings)
     assert status == 2
     assert "rows.jsonl:25: positive" in err

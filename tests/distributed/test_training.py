@@ -110,6 +110,34 @@ def test_two_processes_train_like_one(folder, settings, request):
     assert set(two["reductions"]) == {1}
 
 
+def cosine_distance(query, positive):
+    return distributed.global_mean(1 - torch.cosine_similarity(query, positive))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_gradient_cache": True, "learn_temperature": True, "loss_bidirectional": True},
+        {"teacher_model_name": "bert"},
+        {"loss_type": f"{__name__}:cosine_distance"},
+    ],
+    ids=["infonce", "distillation", "own-loss"],
+)
+def test_a_last_batch_with_fewer_rows_than_processes(folder, settings, request):
+    name = request.node.callspec.id
+    if "teacher_model_name" in settings:
+        settings = {"teacher_model_name": str(folder / "bert")}
+    # The last batch of training and of validation has one row of 23.
+    settings = {"holdout_ratio": 0, "test_data_path": str(folder / "pairs.jsonl"), **settings}
+    one = train(str(folder), f"{name}-few-1", {"batch_size": 22, **settings})
+    two = run_on_processes(
+        train, 2, str(folder), f"{name}-few-2", {"batch_size": 11, **settings}, timeout=240
+    )[0]
+    for expected, actual in zip(one["history"], two["history"], strict=True):
+        assert actual == pytest.approx(expected, rel=2e-4, abs=2e-5)
+    assert largest_difference(one["weights"], two["weights"]) < 2e-5
+
+
 def test_twice_the_batch_is_not_the_same_run(folder):
     """The comparison above can tell runs apart."""
     one = train(str(folder), "other-1", {"batch_size": 6})

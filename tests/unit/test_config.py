@@ -202,6 +202,18 @@ CONFLICTS = [
         {"ddp_static_graph": True, "gradient_accumulation_steps": 2},
         "ddp_static_graph: does not work with gradient_accumulation_steps: 2",
     ),
+    (
+        {"ddp_static_graph": True, "distributed_strategy": "fsdp2"},
+        "ddp_static_graph: is a setting of DDP",
+    ),
+    (
+        {"mixed_precision": "fp16", "distributed_strategy": "fsdp2"},
+        "mixed_precision: fp16 scales the loss",
+    ),
+    (
+        {"num_processes": 1, "distributed_strategy": "fsdp2"},
+        "distributed_strategy: fsdp2 shares weights out",
+    ),
 ]
 SOUND = [
     {},
@@ -216,6 +228,7 @@ SOUND = [
     {"mixed_precision": "fp16"},
     {"mixed_precision": "bf16", "device": "cpu"},
     {"ddp_static_graph": True},
+    {"num_processes": 2, "distributed_strategy": "fsdp2", "mixed_precision": "bf16"},
 ]
 REQUIRED = {"model_name": "m", "data_path": "d"}
 

@@ -263,6 +263,10 @@ class TestWhatOnlyChangesHowARunComputes:
         assert "1 trainable parameters got no gradient" in observed()["error"]
         assert observed(ddp_find_unused_parameters=True)["error"] is None
 
+    def test_distributed_strategy(self, observed):
+        # What it changes: tests/distributed/test_sharding.py.
+        assert "one process" in observed(distributed_strategy="fsdp2")["error"]
+
     def test_overwrite_output_dir(self, resolve, tmp_path):
         settings = resolve({**BASE, "output_dir": str(tmp_path / "run")})
         run_training(settings)

@@ -32,11 +32,8 @@ def main(argv: list[str]) -> int:
     console.print(_facts(result))
     if result.inspection is not None:
         console.print(_lengths(result.inspection), _findings(result.inspection))
-    console.print(_sample(result))
-    console.print(
-        f"One step: loss {result.loss:.4f}, gradient norm {result.grad_norm:.4f}, "
-        f"{result.step_seconds:.1f} s. Nothing was written; `vembed train` can start."
-    )
+    console.print(_sample(result), _first_step(result))
+    console.print("Nothing was written; `vembed train` can start.")
     return 0
 
 
@@ -113,4 +110,17 @@ def _sample(result: CheckResult) -> Table:
     for text in result.sample:
         table.add_row(Text(text.role, "bold"), f"{text.tokens} tokens", Text(text.text))
     grid.add_row(table)
+    return grid
+
+
+def _first_step(result: CheckResult) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text(f"\none step, {result.step_seconds:.1f} s", "bold"))
+    facts = Table.grid(padding=(0, 2))
+    for label, fact in result.first_step.lines():
+        facts.add_row(Text(label, "bold"), Text(fact))
+    for text in result.advice:
+        facts.add_row(Text("warning", "bold yellow"), Text(text, "yellow"))
+    grid.add_row(facts)
+    grid.add_row("")
     return grid

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
         inspect_records,
         token_counter,
     )
-    from vembed.data.loader import RecordLoader, build_dataloader
+    from vembed.data.loader import BORROWED, RecordLoader, build_dataloader, collate_share
     from vembed.data.records import FIELDS, Record
     from vembed.data.sampler import StatelessBatchSampler
 
@@ -42,7 +42,9 @@ _LAZY = {
     "LengthSummary": "inspection",
     "inspect_records": "inspection",
     "token_counter": "inspection",
+    "BORROWED": "loader",
     "RecordLoader": "loader",
+    "collate_share": "loader",
     "build_dataloader": "loader",
     "FIELDS": "records",
     "Record": "records",
@@ -50,6 +52,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "BORROWED",
     "FIELDS",
     "Batch",
     "Collator",
@@ -65,6 +68,7 @@ __all__ = [
     "StatelessBatchSampler",
     "StreamingRecordDataset",
     "build_dataloader",
+    "collate_share",
     "inspect_records",
     "load_dataset_records",
     "split_holdout",

@@ -14,8 +14,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from vembed.data.collator import Batch
 from vembed.data.dataset import RecordDataset, StreamingRecordDataset
 from vembed.data.records import Record
-from vembed.data.sampler import StatelessBatchSampler, check_shares, keeps_last, own_share
+from vembed.data.sampler import StatelessBatchSampler, check_shares, own_share
 from vembed.errors import DataError
+
+BORROWED = "borrowed"
+"""Key of a batch whose process has no rows of its own; see `collate_share`."""
 
 CollateRecords = Callable[[list[Record]], Batch]
 
@@ -76,6 +79,7 @@ def build_dataloader(
         ConfigError: if there would not be a single batch, or a number is out of range.
     """
     rows: Dataset[Any]
+    lender: Record | None = None
     if isinstance(dataset, StreamingRecordDataset):
         check_shares(batch_size, process_index, process_count)
         buffer_size = shuffle_buffer_size if shuffle else None
@@ -84,6 +88,7 @@ def build_dataloader(
         order: dict[str, Any] = {"batch_size": None}
     else:
         rows = dataset
+        lender = dataset[0] if process_count > 1 and len(dataset) else None
         sampler = StatelessBatchSampler(
             len(dataset),
             batch_size,
@@ -100,7 +105,7 @@ def build_dataloader(
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     loader = RecordLoader(
         rows,
-        collate_fn=_Collate(collator),
+        collate_fn=_Collate(collator, lender),
         num_workers=num_workers,
         worker_init_fn=_without_threads if num_workers else None,
         generator=torch.Generator().manual_seed(seed),
@@ -122,16 +127,46 @@ class _Collate:
     """The collator, letting failures of a stream pass and catching its own in workers."""
 
     collator: CollateRecords
+    lender: Record | None
+    """A row to borrow where this process has none."""
 
-    def __call__(self, records: list[Record] | _Failure) -> Batch | _Failure:
+    def __call__(self, records: list[Record] | _Borrowed | _Failure) -> Batch | _Failure:
         if isinstance(records, _Failure):
             return records
         try:
-            return self.collator(records)
+            if isinstance(records, _Borrowed):
+                return collate_share(self.collator, [], records.record)
+            return collate_share(self.collator, records, self.lender)
         except DataError as error:
             if get_worker_info() is None:
                 raise
             return _Failure(str(error))
+
+
+def collate_share(
+    collator: CollateRecords, records: list[Record], lender: Record | None = None
+) -> Batch:
+    """The batch of one process's rows.
+
+    A process without rows takes part in a step all the same, because the others' collectives wait
+    for it. Its batch is a borrowed row under the key `borrowed`, which stands for no rows of the
+    same kind: it is encoded, and then left out of the loss.
+
+    Args:
+        collator: Makes a batch of records.
+        records: The process's rows.
+        lender: The row to borrow if there are none.
+    """
+    if records or lender is None:
+        return collator(records)
+    return {**collator([lender]), BORROWED: True}
+
+
+@dataclass(frozen=True)
+class _Borrowed:
+    """No rows of a stream for this process, and a row to borrow."""
+
+    record: Record
 
 
 @dataclass(frozen=True)
@@ -143,9 +178,9 @@ class _Shares:
     process_count: int
     drop_last: bool
 
-    def of(self, rows: list[Record]) -> list[Record]:
+    def of(self, rows: list[Record]) -> list[Record] | _Borrowed:
         """What this process takes of a global batch."""
-        return own_share(rows, self.process_index, self.process_count)
+        return own_share(rows, self.process_index, self.process_count) or _Borrowed(rows[0])
 
     @property
     def global_size(self) -> int:
@@ -175,7 +210,7 @@ class _BatchStream(IterableDataset[Any]):
         self._epoch = epoch
         self._start_batch = start_batch
 
-    def __iter__(self) -> Iterator[list[Record] | _Failure]:
+    def __iter__(self) -> Iterator[list[Record] | _Borrowed | _Failure]:
         worker = get_worker_info()
         if worker is None:
             yield from self._batches(0, 1)
@@ -185,14 +220,12 @@ class _BatchStream(IterableDataset[Any]):
         except DataError as error:
             yield _Failure(str(error))
 
-    def _batches(self, worker: int, workers: int) -> Iterator[list[Record]]:
+    def _batches(self, worker: int, workers: int) -> Iterator[list[Record] | _Borrowed]:
         """Every `workers`-th batch; DataLoader asks its workers in turn, which keeps the order."""
         rows = self._rows()
         number = 0
         while group := list(islice(rows, self._shares.global_size)):
-            if len(group) < self._shares.global_size and not keeps_last(
-                len(group), self._shares.process_count, self._shares.drop_last
-            ):
+            if len(group) < self._shares.global_size and self._shares.drop_last:
                 return
             ahead = number - self._start_batch
             if ahead >= 0 and ahead % workers == worker:

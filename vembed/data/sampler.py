@@ -21,8 +21,8 @@ class StatelessBatchSampler(Sampler[list[int]]):
     just what one process with a larger batch sees. Nothing but the arguments and the epoch decides,
     so that a run can be resumed anywhere.
 
-    The last global batch may be smaller; then slices differ by one row at most. It is left out with
-    `drop_last`, and where it has fewer rows than there are processes.
+    The last global batch may be smaller; then slices differ by one row at most, and are empty for
+    some processes where it has fewer rows than there are processes. `drop_last` leaves it out.
 
     Attributes:
         process_count: Processes that the rows are shared among.
@@ -78,7 +78,7 @@ class StatelessBatchSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever iteration begins: schedules are counted in these."""
         full, rest = divmod(self.num_rows, self.batch_size * self.process_count)
-        return full + keeps_last(rest, self.process_count, self.drop_last)
+        return full + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = self._order()
@@ -101,11 +101,6 @@ def own_share(rows: Sequence[_T], process_index: int, process_count: int) -> lis
     size, extra = divmod(len(rows), process_count)
     start = process_index * size + min(process_index, extra)
     return list(rows[start : start + size + (process_index < extra)])
-
-
-def keeps_last(rows: int, process_count: int, drop_last: bool) -> bool:
-    """Whether a last global batch of so few rows is trained on: every process must get a row."""
-    return not drop_last and rows >= process_count
 
 
 def check_shares(batch_size: int, process_index: int, process_count: int) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from vembed.config import TrainConfig
 from vembed.data import Inspection, RecordDataset, inspect_records, token_counter
 from vembed.training.data_utils import ROLES
+from vembed.training.first_step import FirstStepReport, FirstStepWatch, advise
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.run import (
     build_accelerator,
@@ -48,16 +49,16 @@ class CheckResult:
         facts: Model, sizes, steps and device of the run, by label.
         inspection: What the training rows are like; None for a stream.
         sample: The texts of the first row of the first batch.
-        loss: Mean loss of the micro-batches of one optimizer step.
-        grad_norm: Gradient norm of that step, before clipping.
+        first_step: What one optimizer step was like.
+        advice: What looks wrong in it, naming the setting.
         step_seconds: Time of that step, which is longer than that of later ones.
     """
 
     facts: Mapping[str, str]
     inspection: Inspection | None
     sample: list[SampleText]
-    loss: float
-    grad_norm: float
+    first_step: FirstStepReport
+    advice: list[str]
     step_seconds: float
 
 
@@ -72,6 +73,9 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     """
     raise_problems(config)
     check_output_dir(config)
+    if config.num_processes is None:
+        # One process holds all the weights; how they are shared out changes nothing else.
+        config = config.model_copy(update={"distributed_strategy": "ddp"})
     accelerator = build_accelerator(config)
     on_stage("loading the model", None)
     encoder = build_model(config).to(accelerator.device)
@@ -95,14 +99,14 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     group = list(islice(trainer.dataloader, config.gradient_accumulation_steps))
     sample = _first_row(group[0], encoder.processor.tokenizer)
     started = time.perf_counter()
-    outputs, grad_norm = optimizer_step(trainer, group)
-    loss = sum(float(output.loss) for output in outputs) / len(outputs)
+    watch, reports = FirstStepWatch(trainer), []
+    optimizer_step(trainer, group, lambda: reports.append(watch.report()))
     return CheckResult(
         facts=facts,
         inspection=inspection,
         sample=sample,
-        loss=loss,
-        grad_norm=float(grad_norm),
+        first_step=reports[0],
+        advice=[advice.text for advice in advise(reports[0])],
         step_seconds=time.perf_counter() - started,
     )
 

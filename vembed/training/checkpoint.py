@@ -22,7 +22,7 @@ STEP_FOLDER = "step-{step:06d}"
 
 def save_checkpoint(
     path: str | Path,
-    model: nn.Module,
+    model: nn.Module | None,
     accelerator: Accelerator,
     processor: Any = None,
     config: TrainConfig | Mapping[str, Any] | None = None,
@@ -34,7 +34,8 @@ def save_checkpoint(
 
     Args:
         path: Folder to write; an earlier one is replaced.
-        model: The encoder, prepared by the Accelerator or not.
+        model: The encoder, prepared by the Accelerator or not; None where it is not the main
+            process that calls (see `Trainer.model_to_save`).
         accelerator: Says which process writes.
         processor: Tokenizer or image processor to save beside the model, when it is not the
             encoder's own, which is always saved.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vembed.data import BORROWED
 from vembed.modes import IMAGE, TEXT, RetrievalMode
 
 ROLES = ("query", "positive", "negative")
@@ -58,10 +59,30 @@ def unpack_roles(
 
 
 def unpack_extras(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What a batch says about its rows: everything that is not a model input."""
+    """What a batch says about its rows: everything that is not a model input.
+
+    Of a borrowed row, nothing: tensors and lists without entries.
+    """
     prefixes = sum(_PREFIXES.values(), ())
     inputs = (*prefixes, *(f"{TEACHER_PREFIX}{prefix}" for prefix in prefixes))
-    return {key: value for key, value in batch.items() if not key.startswith(inputs)}
+    extras = {key: value for key, value in batch.items() if not key.startswith(inputs)}
+    if extras.pop(BORROWED, False):
+        return {key: value[:0] for key, value in extras.items()}
+    return extras
+
+
+def own_rows(embeddings: dict[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Embeddings by role of the rows that are this process's own: none of a borrowed one."""
+    if not batch.get(BORROWED):
+        return embeddings
+    return {role: of_role[:0] for role, of_role in embeddings.items()}
+
+
+def count_rows(batch: Mapping[str, Any]) -> int:
+    """Queries in a batch, or labelled items, without a borrowed one."""
+    if batch.get(BORROWED):
+        return 0
+    return len(next(value for key, value in batch.items() if key.startswith("query")))
 
 
 def row_lengths(

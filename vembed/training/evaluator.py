@@ -17,7 +17,13 @@ from vembed.distributed import all_reduce_sum, gather_counts, gather_rows
 from vembed.evaluation import EvalTask
 from vembed.inference import encode_items
 from vembed.modes import Item
-from vembed.training.data_utils import maybe_first, row_lengths, unpack_extras, unpack_roles
+from vembed.training.data_utils import (
+    maybe_first,
+    own_rows,
+    row_lengths,
+    unpack_extras,
+    unpack_roles,
+)
 from vembed.training.gradient_cache import GradientCache
 from vembed.training.objective import Objective
 from vembed.training.trackers import log_to_trackers
@@ -119,6 +125,7 @@ class Evaluator:
                 inputs=inputs,
                 lengths=row_lengths(placed, inputs),
             )
+            embeddings = own_rows(embeddings, batch)
             with torch.no_grad():
                 loss = self._objective(embeddings, unpack_extras(placed)).total
             # The mean of `loss` over processes is the mean over the queries of all of them.

@@ -17,6 +17,12 @@ import yaml
 from vembed.config import TrainConfig
 from vembed.errors import DistributedError
 
+_LAUNCHER_STRATEGIES = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
 _LAUNCHER_NAMES = ("accelerate", "accelerate-launch", "accelerate.commands.launch")
 
 
@@ -29,12 +35,32 @@ def check_process_count(config: TrainConfig | Mapping[str, Any], running: int) -
             Accelerator, `started_processes()`.
     """
     config = TrainConfig.coerce(config)
+    if running < started_processes():
+        raise DistributedError(
+            f"the launcher started {started_processes()} processes, but this one trains with "
+            f"{running}: each would train alone and write over the others. In Python, an "
+            "Accelerator that was made before the processes were started causes this"
+        )
     if config.num_processes is not None and running != config.num_processes:
         origin = config.origins.get("num_processes", "num_processes")
         raise DistributedError(_complaint(config.num_processes, origin, running))
     asked, source = _asked_of_launcher(_parent_command())
     if asked is not None and running < asked:
         raise DistributedError(_complaint(asked, source, running))
+
+
+def check_strategy() -> None:
+    """Raise DistributedError if the launcher was asked for more than to start processes.
+
+    Accelerate passes such a wish on in the environment, and on a CPU drops it without a word.
+    """
+    for variable, name in _LAUNCHER_STRATEGIES.items():
+        if os.environ.get(variable, "").lower() in {"1", "true", "yes"}:
+            raise DistributedError(
+                f"the launcher was asked for {name}, which vembed does not leave to it. Start with "
+                "`vembed train --num_processes N` or `accelerate launch --multi_gpu`; to share out "
+                "weights and optimizer state, set distributed_strategy: fsdp2"
+            )
 
 
 def started_processes() -> int:

@@ -85,7 +85,9 @@ class Objective:
             "negative": student.get("negative"),
             **extras,
         }
-        return criterion(student["query"], **accepted_arguments(_signature_of(criterion), offered))
+        loss = criterion(student["query"], **accepted_arguments(_signature_of(criterion), offered))
+        # A mean over the rows of a process that has none counts for nothing; torch calls it NaN.
+        return loss if len(student["query"]) else loss.nan_to_num()
 
 
 def _signature_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -59,14 +59,17 @@ def build_optimizer(
         ConfigError: if the optimizer is unknown, its arguments do not fit, or nothing is trainable.
     """
     config = TrainConfig.coerce(config)
-    parameters = trainable_parameters(model, criterion)
-    if not parameters:
+    if not trainable_parameters(model, criterion):
         raise ConfigError(
             "build_optimizer: the model has no trainable parameter; is it all frozen?"
         )
     factory = resolve("optimizer", config.optimizer, OPTIMIZERS)
     arguments = _optimizer_arguments(factory, config)
-    groups = _decay_groups(parameters, config.weight_decay)
+    # Parameters that FSDP2 shares out are not updated together with those that it leaves whole.
+    shared = [p for p in trainable_parameters(model) if p.ndim > 0]
+    whole = [p for p in trainable_parameters(model) if p.ndim == 0]
+    whole += trainable_parameters(criterion)
+    groups = [g for p in (shared, whole) for g in _decay_groups(p, config.weight_decay)]
     check_arguments(f"optimizer {config.optimizer!r}", factory, {"params": groups, **arguments})
     optimizer: Optimizer = factory(groups, **arguments)
     return optimizer

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vembed.config import RUN_REQUIRES
 from vembed.errors import exit_status
 from vembed.training.config import load_and_parse_config
-from vembed.training.launch_check import check_process_count, started_processes
+from vembed.training.launch_check import check_process_count, check_strategy, started_processes
 from vembed.training.local_launch import follow_launcher
 
 
@@ -22,6 +22,7 @@ def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None)
     def train() -> int:
         follow_launcher()
         config = load_and_parse_config(argv, required=RUN_REQUIRES, prog=prog)
+        check_strategy()
         check_process_count(config, started_processes())
         # After the checks, because they import torch.
         from accelerate import PartialState

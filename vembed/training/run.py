@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from vembed.config import TrainConfig, check
 from vembed.data import RecordDataset
-from vembed.errors import ConfigError, DistributedError
+from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import build_criterion, build_distillation_loss, check_row_fields
 from vembed.models import load_encoder
@@ -25,7 +24,7 @@ from vembed.modes import RetrievalMode, all_modes
 from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
-from vembed.training.launch_check import check_process_count
+from vembed.training.launch_check import check_process_count, check_strategy
 from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
 from vembed.training.optimizer_builder import build_optimizer, build_scheduler, resolve_tracker
 from vembed.training.outcome import RunResult, prove, report, show
@@ -107,9 +106,10 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
     Raises:
         ConfigError: if the precision cannot be had on this device.
-        DistributedError: if fewer processes take part than were asked for.
-        DistributedError: if the processes that were launched do not train together.
+        DistributedError: if fewer processes take part than were asked for or launched, or the
+            launcher was asked for a strategy that is not vembed's to run.
     """
+    check_strategy()
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     if on_cpu and config.mixed_precision == "fp16":
         raise ConfigError("mixed_precision: fp16 needs an accelerator; on a CPU use bf16 or no")
@@ -124,14 +124,6 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         kwargs_handlers=[ddp],
     )
     check_process_count(config, accelerator.num_processes)
-    return accelerator
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != launched:
-        raise DistributedError(
-            f"the launcher started {launched} processes, but this one trains with "
-            f"{accelerator.num_processes}: each would train alone and write over the others. In "
-            "Python, an Accelerator that was made before the processes were started causes this"
-        )
     return accelerator
 
 
@@ -228,7 +220,8 @@ def describe_run(trainer: Trainer, encoder: Encoder, data: RunData) -> dict[str,
         f"{accelerator.num_processes} processes x "
         f"{config.gradient_accumulation_steps} micro-batches",
         "steps": f"{plan.total:,}",
-        "device": f"{accelerator.device}, mixed precision {config.mixed_precision}",
+        "device": f"{accelerator.device}, mixed precision {config.mixed_precision}"
+        + (f", {config.distributed_strategy}" if accelerator.num_processes > 1 else ""),
     }
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from vembed.training.data_utils import (
     TEACHER_PREFIX,
     Inputs,
     maybe_first,
+    own_rows,
     row_lengths,
     unpack_extras,
     unpack_roles,
@@ -32,6 +35,7 @@ from vembed.training.gradient_cache import GradientCache
 from vembed.training.model_builder import enable_static_graph
 from vembed.training.objective import Embeddings, Objective, StepLoss
 from vembed.training.optimizer_builder import trainable_parameters
+from vembed.training.sharding import ShardedEncoder, adopt_shares, clip_gradients, own_parts
 from vembed.training.training_loop import TrainState, run_training_loop
 
 Batch = Mapping[str, Any]
@@ -118,6 +122,7 @@ class Trainer:
         self.plain_step = GradientCache(chunk_tokens=self.config.chunk_tokens, keep="all")
         self.gradient_cache = _build_gradient_cache(self.config)
         self._clamp = getattr(criterion, "clamp", None)
+        self._sharded: ShardedEncoder | None = None
 
     def prepare(self) -> None:
         """Place every part on its device and process; `train` does it, and a second call is free.
@@ -125,7 +130,8 @@ class Trainer:
         Collective: every process must call it.
         """
         accelerator = self.accelerator
-        self.model = accelerator.prepare(self.model)
+        if self._sharded is None:
+            self._prepare_model()
         self.optimizer = accelerator.prepare(self.optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.dataloader, RecordLoader):
             self.dataloader = accelerator.prepare(self.dataloader)
@@ -155,6 +161,8 @@ class Trainer:
             batch: As the dataloader gives it, on any device.
         """
         placed = send_to_device(batch, self.accelerator.device)
+        if self._sharded is not None:
+            self._sharded.gather()
         if self.config.use_gradient_cache:
             return self._step_cached(placed)
         output = self._step_standard(placed)
@@ -180,13 +188,29 @@ class Trainer:
                 `ddp_find_unused_parameters` is off.
         """
         encoder = self.accelerator.unwrap_model(self.model)
-        by_ddp = {id(p) for p in encoder.parameters()} if self._reduces_in_backward else set()
-        reduce_gradients(p for p in self.parameters() if id(p) not in by_ddp)
+        reduced = {id(p) for p in encoder.parameters()} if self._reduces_in_backward else set()
+        if self._sharded is not None:
+            self._sharded.reduce_gradients()
+            reduced = {id(p) for p in encoder.parameters() if p.ndim}
+        reduce_gradients(p for p in self.parameters() if id(p) not in reduced)
         if micro_batches > 1:
-            grads = [p.grad for p in self.parameters() if p.grad is not None]
+            grads = own_parts(p.grad for p in self.parameters() if p.grad is not None)
             torch._foreach_div_(grads, micro_batches)
         if not self.config.ddp_find_unused_parameters:
             self._require_gradients()
+
+    def clip_gradients(self) -> Tensor:
+        """Scale the reduced gradients to a norm of at most `max_grad_norm`.
+
+        Collective: every process must call it.
+
+        Returns:
+            The norm of all gradients before.
+        """
+        limit = self.config.max_grad_norm or math.inf
+        if self._sharded is not None:
+            return clip_gradients(self.parameters(), limit)
+        return torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters(), limit))
 
     def after_update(self) -> None:
         """Bring parameters with a range, such as a temperature, back into it."""
@@ -198,6 +222,20 @@ class Trainer:
         return trainable_parameters(
             self.accelerator.unwrap_model(self.model), self.criterion, self.distillation_loss_fn
         )
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, the encoder can run on some processes only, or not equally often on all of them.
+
+        Collective: every process must enter it, between steps.
+        """
+        return nullcontext() if self._sharded is None else self._sharded.whole()
+
+    def model_to_save(self) -> nn.Module | None:
+        """The encoder for `save_checkpoint`; with shared-out weights, None off the main process.
+
+        Collective: every process must call it.
+        """
+        return self.model if self._sharded is None else self._sharded.plain_copy()
 
     def _step_standard(self, batch: Batch) -> StepOutput:
         """One micro-batch: forward, loss, backward. Override it to change the step.
@@ -211,13 +249,30 @@ class Trainer:
         """One micro-batch through the gradient cache: the same gradient in less memory."""
         return self._step_through(self.gradient_cache, batch)
 
+    def _prepare_model(self) -> None:
+        """Place the model, and share its weights or its gradients among processes."""
+        accelerator = self.accelerator
+        if self.config.distributed_strategy == "ddp":
+            self.model = accelerator.prepare(self.model)
+            return
+        if accelerator.num_processes == 1:
+            raise ConfigError(
+                f"distributed_strategy: {self.config.distributed_strategy} shares weights out "
+                "among processes. Received: one process. Start several, or set ddp"
+            )
+        # `evaluation_mode` keeps Accelerate from wrapping it; on a CPU it has nothing but DDP.
+        self.model = accelerator.prepare_model(self.model, evaluation_mode=True)
+        before = list(self.model.parameters())
+        self._sharded = ShardedEncoder(self.model, device=accelerator.device)
+        adopt_shares(self.optimizer, before, self.model)
+
     def _step_through(self, cache: GradientCache, batch: Batch) -> StepOutput:
         inputs = unpack_roles(batch, self.config.retrieval_mode)
         teacher = self._teacher_embeddings(cache, batch)
         extras = unpack_extras(batch)
 
         def objective(student: Embeddings) -> StepLoss:
-            return self.objective(student, extras, teacher)
+            return self.objective(own_rows(student, batch), extras, teacher)
 
         loss = cache.backward(
             encode=self._embed,
@@ -245,11 +300,12 @@ class Trainer:
         )
         own = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
         inputs = unpack_roles(own, self.config.retrieval_mode)
-        return cache.embed(
+        embeddings = cache.embed(
             encode=lambda inputs: maybe_first(teacher(**inputs)),
             inputs=inputs,
             lengths=row_lengths(own, inputs),
         )
+        return own_rows(embeddings, batch)
 
     @property
     def _reduces_in_backward(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vembed.errors import ConfigError, VembedError
 from vembed.training.checkpoint import STEP_FOLDER, remove_old_checkpoints, save_checkpoint
+from vembed.training.data_utils import count_rows
 from vembed.training.evaluator import Validation
 from vembed.training.first_step import FirstStepWatch
 from vembed.training.recorder import Recorder
@@ -96,7 +97,7 @@ def run_training_loop(trainer: Trainer) -> TrainState:
             outputs, grad_norm = optimizer_step(trainer, group, before_update)
             before_update = None
             state.step += 1
-            recorder.add(outputs, grad_norm, rows=_count_rows(group))
+            recorder.add(outputs, grad_norm, rows=sum(map(count_rows, group)))
             if state.step % config.logging_steps == 0 or state.step == plan.total:
                 recorder.log_step(state.step, state.epoch, _step_facts(trainer))
             if _is_due(config.eval_steps, state.step, plan):
@@ -127,14 +128,13 @@ def optimizer_step(
     trainer.reduce_gradients(len(group))
     if before_update is not None:
         before_update()
-    limit = trainer.config.max_grad_norm or math.inf
-    grad_norm = trainer.accelerator.clip_grad_norm_(trainer.parameters(), limit)
+    grad_norm = trainer.clip_gradients()
     trainer.optimizer.step()
     trainer.after_update()
     if trainer.scheduler is not None and not trainer.accelerator.optimizer_step_was_skipped:
         trainer.scheduler.step()
     trainer.optimizer.zero_grad()
-    return outputs, torch.as_tensor(grad_norm)
+    return outputs, grad_norm
 
 
 def _step_groups(trainer: Trainer, plan: StepPlan, state: TrainState) -> Iterator[list[Batch]]:
@@ -160,10 +160,6 @@ def _set_epoch(dataloader: Any, epoch: int) -> None:
         set_epoch(epoch)
 
 
-def _count_rows(group: list[Batch]) -> int:
-    return sum(len(next(v for k, v in batch.items() if k.startswith("query"))) for batch in group)
-
-
 def _step_facts(trainer: Trainer) -> dict[str, float]:
     """What is logged beside the loss."""
     facts = {"lr": float(trainer.optimizer.param_groups[0]["lr"])}
@@ -181,7 +177,8 @@ def _validate(trainer: Trainer, state: TrainState, recorder: Recorder) -> None:
     if trainer.evaluator is None:
         return
     recorder.say("validating")
-    result = trainer.evaluator.validate(trainer.val_dataloader, state.step)
+    with trainer.whole_weights():
+        result = trainer.evaluator.validate(trainer.val_dataloader, state.step)
     recorder.log_validation(state.step, state.epoch, result)
     value, larger_is_better = _judge(result, trainer)
     best = state.best_value
@@ -214,4 +211,4 @@ def _save_step(trainer: Trainer, step: int) -> None:
 
 
 def _save(trainer: Trainer, path: Path) -> None:
-    save_checkpoint(path, trainer.model, trainer.accelerator, config=trainer.config)
+    save_checkpoint(path, trainer.model_to_save(), trainer.accelerator, config=trainer.config)

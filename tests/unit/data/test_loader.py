@@ -57,12 +57,21 @@ def test_two_processes_see_what_one_with_twice_the_batch_sees(path, streaming, d
     assert len(one) == (2 if drop_last else 3)
 
 
-def test_a_last_batch_of_a_stream_with_too_few_rows_is_left_out(path):
-    three = [
-        batches(path, streaming=True, batch_size=7, process_index=p, process_count=3)
-        for p in range(3)
-    ]
-    assert [len(share) for share in three] == [1, 1, 1]  # 21 rows, and 2 for three processes
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_process_without_rows_borrows_one(path, streaming, num_workers):
+    dataset = load_dataset_records(path, streaming=streaming)
+    last = []
+    for process in range(3):
+        loader = build_dataloader(
+            dataset, rows_of, batch_size=7, seed=1, process_index=process, process_count=3,
+            num_workers=num_workers, shuffle=False,
+        )  # fmt: skip
+        first, second = loader  # 21 rows, and 2 for three processes
+        assert "borrowed" not in first
+        last.append((second["row_index"], second.get("borrowed", False)))
+    lent = 21 if streaming else 0  # a stream has the rows of the batch only
+    assert last == [([21], False), ([22], False), ([lent], True)]
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -77,6 +77,7 @@ OTHER = {
     "num_processes": ("2", 2),
     "ddp_find_unused_parameters": ("true", True),
     "ddp_static_graph": ("true", True),
+    "distributed_strategy": ("fsdp2", "fsdp2"),
     "output_dir": ("o", "o"),
     "overwrite_output_dir": ("true", True),
     "logging_steps": ("1", 1),

@@ -5,7 +5,7 @@ import pytest
 from vembed.errors import DistributedError
 from vembed.training import launch_check
 from vembed.training.config import load_and_parse_config
-from vembed.training.launch_check import check_process_count, started_processes
+from vembed.training.launch_check import check_process_count, check_strategy, started_processes
 
 SCRIPT = ["vembed/entrypoints/train.py", "--config", "train.yaml"]
 
@@ -91,6 +91,23 @@ def test_the_launchers_config_file_counts_too(parent, tmp_path, place):
 
 def test_the_parent_is_really_read():
     assert launch_check._parent_command()
+
+
+def test_processes_that_do_not_train_together(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DistributedError, match="started 2 processes, but this one trains with 1"):
+        check_process_count({}, 1)
+    check_process_count({}, 2)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"])
+def test_a_strategy_that_the_launcher_would_drop_is_refused(monkeypatch, name):
+    check_strategy()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(DistributedError, match="set distributed_strategy: fsdp2"):
+        check_strategy()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "false")
+    check_strategy()
 
 
 def test_started_processes(monkeypatch):

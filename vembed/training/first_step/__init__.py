@@ -4,7 +4,8 @@ Most runs that come to nothing are visible in their first batch: a loss at chanc
 their own negatives, a temperature that hides every difference. Later steps are not looked at.
 """
 
+from vembed.training.first_step.advice import advise
 from vembed.training.first_step.report import FILE_NAME, FirstStepReport
 from vembed.training.first_step.watch import FirstStepWatch
 
-__all__ = ["FILE_NAME", "FirstStepReport", "FirstStepWatch"]
+__all__ = ["FILE_NAME", "FirstStepReport", "FirstStepWatch", "advise"]

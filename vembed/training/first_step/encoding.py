@@ -92,7 +92,7 @@ def expected_activations(encoder: nn.Module, by_role: Mapping[str, Sequence[Forw
     Encodes one sequence of each role once more, which draws no random numbers of the run.
     """
     kept = again = 0.0
-    for forwards in by_role.values():
+    for forwards in filter(None, by_role.values()):
         widest = max(forwards, key=lambda forward: forward.padded_tokens // forward.rows)
         per_token = _saved_bytes(encoder, widest.first_row) * widest.rows / widest.padded_tokens
         kept += per_token * sum(f.padded_tokens for f in forwards if f.kept)

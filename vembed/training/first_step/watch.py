@@ -21,6 +21,7 @@ from vembed.training.first_step.encoding import (
 )
 from vembed.training.first_step.report import FirstStepReport, GradientNorm, Memory
 from vembed.training.objective import Embeddings, Objective, StepLoss
+from vembed.training.sharding import total_norm
 
 if TYPE_CHECKING:
     from vembed.training.trainer import Trainer
@@ -82,6 +83,8 @@ class FirstStepWatch:
         rows = {role: len(embeddings) for role, embeddings in self._batch.student.items()}
         by_role = split_by_role(self._forwards, rows)
         distils = trainer.distillation_loss_fn is not None
+        with trainer.whole_weights():
+            activations = expected_activations(self._encoder, by_role)
         return build_report(
             self._batch,
             trainer.criterion,
@@ -89,7 +92,7 @@ class FirstStepWatch:
             micro_batches=self._micro_batches,
             gradients=gradients,
             chunks={role: count_chunks(forwards) for role, forwards in by_role.items()},
-            memory=Memory(expected_activations(self._encoder, by_role), peak_bytes),
+            memory=Memory(activations, peak_bytes),
         )
 
     def _see_inputs(self, _: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
@@ -138,7 +141,7 @@ def gradient_norms(trainer: Trainer) -> dict[str, GradientNorm]:
     scaler = trainer.accelerator.scaler
     scale = 1.0 if scaler is None else scaler.get_scale()
     norms = [
-        torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None]).float()
+        total_norm([p.grad for p in group if p.grad is not None]).float()
         for group in groups.values()
     ]
     device = trainer.accelerator.device
