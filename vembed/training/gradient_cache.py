@@ -227,15 +227,18 @@ class GradientCache:
         device = _device_of(inputs)
         before = RandomState(device)
         self._budget = int(self.memory_share * available_bytes(device, local_processes()))
+        fits = True
         for role, of_role in lengths.items():
             longest = max(range(len(of_role)), key=lambda row: of_role[row])
             plan = _Plan(role, [longest], of_role[longest])
             try:
                 with SavedBytes() as saved:
                     _encode_chunk(plan, encode, inputs, kept=True)
-            except torch.OutOfMemoryError as error:
-                raise _too_long(plan.longest) from error
+            except torch.OutOfMemoryError:
+                fits = False
             self._bytes_per_token[role] = saved.total / plan.padded_tokens
+        if any_process(not fits, device):
+            raise _too_long(max(max(of_role) for of_role in lengths.values()))
         before.restore()
         if self._backs_off and self.chunk_tokens is None:
             per_token = max(1.0, *self._bytes_per_token.values())
