@@ -86,6 +86,7 @@ def _whole_or_auto(least: int) -> Callable[[Any], Any]:
 
 PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_or_auto(1))]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
+TileSize = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(1))]
 
 
 class Setting(NamedTuple):
@@ -244,6 +245,10 @@ class TrainConfig(BaseModel):
     )
     loss_bidirectional: bool = Field(
         False, description="Also rank the queries for each positive, and average"
+    )
+    loss_tile_size: TileSize = Field(
+        "auto",
+        description="Rows and columns of similarities held at once; auto: 32 MB of them",
     )
     teacher_model_name: str | None = Field(
         None, description="Model to distil from; named like model_name"
@@ -555,6 +560,7 @@ _LOSS_SETTINGS = {
     "temperature": "temperature",
     "learn_temperature": "learn_temperature",
     "bidirectional": "loss_bidirectional",
+    "tile_size": "loss_tile_size",
 }
 
 

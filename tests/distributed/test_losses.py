@@ -32,8 +32,9 @@ def test_processes_equal_one_big_batch(case):
         check_processes(case, split)
 
 
-def test_three_processes_one_of_them_without_queries():
-    check_processes(CASES["infonce-bidirectional"], ((0, 2, 4), (), (1, 3, 5)))
+@pytest.mark.parametrize("name", ["infonce-bidirectional", "infonce-margins", "sigmoid-margins"])
+def test_three_processes_one_of_them_without_queries(name):
+    check_processes(CASES[name], ((0, 2, 4), (), (1, 3, 5)))
 
 
 @every_case
@@ -61,34 +62,45 @@ def test_duplicates_are_masked_across_processes():
 
 
 def _count_collectives(batch, split, kwargs):
-    """Gathers in forward and sums in backward that carry embeddings."""
-    sizes = {"gather": [], "sum": []}
+    """Shapes of what is gathered in forward and summed in backward, sizes and ids apart."""
+    shapes = {"gather": [], "sum": []}
     gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
 
     def counting_gather(output, own, **kwargs):
         if own.is_floating_point():
-            sizes["gather"].append(tuple(output.shape))
+            shapes["gather"].append(tuple(output.shape))
         return gather(output, own, **kwargs)
 
     def counting_reduce(tensor, **kwargs):
-        sizes["sum"].append(tuple(tensor.shape))
+        shapes["sum"].append(tuple(tensor.shape))
         return reduce(tensor, **kwargs)
 
     dist.all_gather_into_tensor, dist.all_reduce = counting_gather, counting_reduce
     evaluate(build_criterion("infonce", **kwargs), take_queries(batch, split[process_index()]))
-    return len(sizes["gather"]), sizes["sum"]
+    return shapes
 
 
+@pytest.mark.parametrize("tile_size", [1, "auto"])
 @pytest.mark.parametrize(
-    ("kwargs", "gathered"),
-    [({}, [(15, 5)]), ({"bidirectional": True, "tile_size": 1}, [(15, 5), (6, 5)])],
+    ("kwargs", "gathered", "summed"),
+    [
+        ({}, [(22, 5)], [(15, 5)]),
+        ({"absolute_margin": 0.0}, [(22, 5)], [(15, 5)]),
+        # One sum of exponentials of each document from each process, and one gradient back.
+        ({"bidirectional": True}, [(30,), (22, 5)], [(15,), (15, 5)]),
+        (
+            {"bidirectional": True, "absolute_margin": 0.0},
+            [(30,), (22,), (22, 5)],
+            [(15,), (15, 5)],
+        ),
+    ],
 )
-def test_embeddings_are_gathered_once_per_direction(kwargs, gathered):
-    """However many tiles: documents, and queries where they are ranked too."""
-    split = CASES["infonce"].splits[2]
-    for gathers, sums in run_on_processes(_count_collectives, 2, make_rich(0), split, kwargs):
-        assert gathers == len(gathered)
-        assert sorted(sums) == sorted(gathered)
+def test_embeddings_are_gathered_once(kwargs, gathered, summed, tile_size):
+    """Documents, in either direction, however many tiles."""
+    split, kwargs = CASES["infonce"].splits[2], {**kwargs, "tile_size": tile_size}
+    for shapes in run_on_processes(_count_collectives, 2, make_rich(0), split, kwargs):
+        assert sorted(shapes["gather"]) == sorted(gathered)
+        assert sorted(shapes["sum"]) == sorted(summed)
 
 
 def _with_wrong_counts(batch):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as st_losses
@@ -13,6 +17,7 @@ from tests.unit.losses.conformance import (
     EMBEDDINGS,
     EXACT,
     Case,
+    build_double,
     distance_to_reference,
     evaluate,
     make_labelled,
@@ -22,20 +27,20 @@ from tests.unit.losses.conformance import (
 from tests.unit.losses.references import reference_info_nce, reference_similarity_kl
 from vembed.losses import build_criterion, distillation
 from vembed.losses.distillation import SimilarityKL
+from vembed.losses.margins import Margins
 
 MASKED = ("infonce", "infonce-bidirectional", "sigmoid")
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", [*MASKED, "infonce-margins", "sigmoid-margins"])
 @pytest.mark.parametrize("tile_size", [1, 2, 5, "auto"])
 def test_the_result_does_not_depend_on_the_tiles(name, tile_size):
-    kwargs = {"learn_temperature": True, "tile_size": tile_size}
-    if name == "infonce-bidirectional":
-        kwargs["bidirectional"] = True
-    loss_type = name.split("-")[0]
-    case = Case(
-        name, lambda: build_criterion(loss_type, **kwargs), make_rich, CASES[name].reference
-    )
+    def build():
+        criterion = CASES[name].build()
+        criterion.tile_size = tile_size
+        return criterion
+
+    case = replace(CASES[name], build=build)
     assert distance_to_reference(case, make_rich(3)) <= EXACT
 
 
@@ -69,11 +74,13 @@ def _random_contents(seed):
     return batch
 
 
+@pytest.mark.parametrize("margins", [{}, {"absolute_margin": 0.3}])
 @pytest.mark.parametrize("seed", range(8))
-def test_any_coincidence_of_contents(seed):
+def test_any_coincidence_of_contents(seed, margins):
+    kwargs = {"bidirectional": True, "temperature": 0.5, "tile_size": 3} | margins
     case = Case(
         "random",
-        lambda: build_criterion("infonce", bidirectional=True, temperature=0.5, tile_size=3),
+        lambda: build_criterion("infonce", **kwargs),
         _random_contents,
         reference_info_nce,
     )
@@ -85,6 +92,99 @@ def test_a_pair_alone_costs_exactly_nothing():
     outcome = evaluate(build_criterion("infonce", bidirectional=True), pair)
     assert outcome.loss == 0
     assert all((grad == 0).all() for grad in outcome.grads.values())
+
+
+# --- margins
+
+
+def _unit(*degrees):
+    """Vectors in the plane."""
+    angles = torch.tensor(degrees, dtype=torch.float64).deg2rad()
+    return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def _loss_of_one_query(positive, negatives, **kwargs):
+    """Of a query at 0 degrees, temperature 1."""
+    batch = {"query": _unit(0), "positive": _unit(positive), "negative": _unit(*negatives)}
+    return evaluate(build_criterion("infonce", temperature=1.0, **kwargs), batch).loss
+
+
+@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize(
+    "margins",
+    [
+        {"absolute_margin": 0.0},
+        {"absolute_margin": -0.3},
+        {"relative_margin": 0.0},
+        {"relative_margin": 0.5},
+        {"absolute_margin": 0.1, "relative_margin": -0.2},
+    ],
+)
+@pytest.mark.parametrize("tile_size", [1, 3, "auto"])
+def test_margins_are_those_of_the_reference(name, margins, tile_size):
+    kwargs = {"learn_temperature": True, "tile_size": tile_size}
+    kwargs |= {"bidirectional": True} if name == "infonce-bidirectional" else {}
+    without, case = (
+        replace(CASES[name], build=partial(build_criterion, name.split("-")[0], **kwargs, **more))
+        for more in ({}, margins)
+    )
+    assert distance_to_reference(case, make_rich(0)) <= EXACT
+    losses = [evaluate(build_double(each), make_rich(0)).loss for each in (without, case)]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("margins", [{"relative_margin": 0.2}, {"absolute_margin": 0.1}])
+def test_a_margin_of_a_negative_similarity_leaves_out_more_not_less(margins):
+    """The positive has the similarity -0.5, so the limit is -0.6; as a share of it, -0.4."""
+    within, below = math.degrees(math.acos(-0.55)), math.degrees(math.acos(-0.65))
+    loss = _loss_of_one_query(120, [within, below], **margins)
+    with_both = _loss_of_one_query(120, [within, below])
+    with_one = _loss_of_one_query(120, [below])
+    assert abs(loss - with_one) <= EXACT
+    assert abs(loss - with_both) > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("tile_size", [1, 7, "auto"])
+def test_a_copy_of_the_positive_is_left_out_with_and_without_ids(dtype, tile_size):
+    """By rounding alone, its similarity in a tile is above or below that of the positive."""
+    query = torch.randn(20, 300, dtype=torch.float64)
+    positive = 3 * query + torch.randn(20, 300, dtype=torch.float64)
+    batch = {"query": query.to(dtype), "positive": positive.to(dtype)}
+    batch["negative"] = batch["positive"].clone()
+    ids = {f"ids_{role}": torch.arange(20) for role in ("positive", "negative")}
+    criterion = build_criterion("infonce", temperature=1.0, tile_size=tile_size)
+    with_ids = evaluate(criterion, batch | ids).loss
+    assert abs(evaluate(criterion, batch).loss - with_ids) > 0.01
+    criterion.margins = Margins(absolute=0.0)
+    assert abs(evaluate(criterion, batch).loss - with_ids) < 1e-6
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_a_batch_without_negatives_left_costs_nothing(bidirectional):
+    kwargs = {"bidirectional": bidirectional, "learn_temperature": True, "absolute_margin": 2.0}
+    outcome = evaluate(build_criterion("infonce", **kwargs), make_rich(0))
+    assert outcome.loss == 0
+    assert all((grad == 0).all() for grad in outcome.grads.values())
+    outcome = evaluate(build_criterion("sigmoid", absolute_margin=2.0), make_rich(0))
+    assert outcome.loss > 0
+    assert (outcome.grads["negative"] == 0).all()
+    assert all(outcome.grads[role].abs().max() > 0 for role in ("query", "positive"))
+
+
+def test_a_query_is_judged_by_its_most_similar_positive():
+    """At 45 degrees a candidate is nearer than the positive at 60, but not than that at 30."""
+    batch = {
+        "query": _unit(0),
+        "positive": _unit(60, 30),
+        "negative": _unit(45),
+        "counts_positive": torch.tensor([2]),
+    }
+    losses = [
+        evaluate(build_criterion("infonce", absolute_margin=margin), batch).loss
+        for margin in (None, 0.0, 0.2)
+    ]
+    assert losses[0] == losses[1] > losses[2] == 0
 
 
 def test_supcon_without_partners_is_zero_with_a_graph():
@@ -165,7 +265,11 @@ def _many_rows(count, **extras):
     ("loss_type", "kwargs", "batch"),
     [
         ("infonce", {"bidirectional": True}, _many_rows(600)),
-        ("sigmoid", {"learn_temperature": True}, _many_rows(600)),
+        ("infonce", {"bidirectional": True, "absolute_margin": 0.0}, _many_rows(600)),
+        ("sigmoid", {"learn_temperature": True, "relative_margin": 0.1}, _many_rows(600)),
+        # Two contents, so that half of all pairs are related, and one query with all documents.
+        ("infonce", {}, _many_rows(600, ids_positive=torch.arange(600) % 2)),
+        ("sigmoid", {}, _many_rows(600, ids_query=torch.zeros(600, dtype=torch.int64))),
         ("supcon", {}, _many_rows(600, labels=torch.arange(600) % 7)),
         ("cosent", None, _many_rows(600, scores=torch.rand(600))),
     ],

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from tests.tiny import tiny_sentence_transformer
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError, DistributedError, VembedError
+from vembed.losses import tiling
 from vembed.models import load_encoder
 from vembed.training.launch_check import check_process_count
 from vembed.training.model_builder import build_model
@@ -243,6 +244,22 @@ class TestWhatOnlyChangesHowARunComputes:
         assert forwards(**cached) == 2 * 2 * 2
         # One of the two chunks of a step is not encoded again.
         assert forwards(**cached, gradient_cache_keep=1) == 2 * (2 * 2 - 1)
+
+    def test_loss_tile_size(self, observed, monkeypatch):
+        shapes = []
+        tile_shape = tiling.tile_shape
+
+        def spy(*args):
+            shapes.append(tile_shape(*args))
+            return shapes[-1]
+
+        monkeypatch.setattr(tiling, "tile_shape", spy)
+        for size, shape in (("auto", (4, 4)), (3, (3, 3))):
+            shapes.clear()
+            assert observed(loss_tile_size=size)["error"] is None
+            assert set(shapes) == {shape}
+        refused = observed(loss_tile_size=3, loss_type="cosent")["error"]
+        assert "'cosent' has no tile_size" in refused
 
     def test_gradient_checkpointing(self, resolve):
         settings = resolve({"model_name": "<model>"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from vembed.errors import ConfigError
 from vembed.registry import accepted_arguments, construct, resolve
@@ -45,7 +45,7 @@ class Criterion(Protocol):
             return (1 - torch.cosine_similarity(query, positive)).mean()
 
     or as a class, an `nn.Module` where it has parameters, whose constructor takes what it wants of
-    `temperature`, `learn_temperature`, `bidirectional` and `loss_kwargs`:
+    `temperature`, `learn_temperature`, `bidirectional`, `tile_size` and `loss_kwargs`:
 
         class CosineDistance(torch.nn.Module):
             required_fields = frozenset({"positive"})
@@ -79,6 +79,7 @@ def build_criterion(
     temperature: float = 0.05,
     learn_temperature: bool = False,
     bidirectional: bool = False,
+    tile_size: int | Literal["auto"] = "auto",
     **loss_kwargs: Any,
 ) -> Criterion:
     """Make the loss that `loss_type` names.
@@ -88,16 +89,18 @@ def build_criterion(
         temperature: Passed on if the loss has such an argument.
         learn_temperature: Likewise.
         bidirectional: Likewise.
+        tile_size: Likewise.
         **loss_kwargs: Passed on as they are.
 
     Raises:
-        ConfigError: if the loss is unknown, the arguments do not fit it, or `learn_temperature` or
-            `bidirectional` is asked of a loss without it.
+        ConfigError: if the loss is unknown, the arguments do not fit it, or `learn_temperature`,
+            `bidirectional` or a `tile_size` is asked of a loss without it.
     """
     settings = {
         "temperature": temperature,
         "learn_temperature": learn_temperature,
         "bidirectional": bidirectional,
+        "tile_size": tile_size,
     }
     chosen = resolve("loss_type", loss_type, LOSSES)
     makes_one = isinstance(chosen, type) or (
@@ -105,6 +108,7 @@ def build_criterion(
     )
     accepted = accepted_arguments(chosen, settings) if makes_one else {}
     asked = [name for name in ("learn_temperature", "bidirectional") if settings[name]]
+    asked += ["tile_size"] if tile_size != "auto" else []
     unfit = [name for name in asked if name not in accepted] + ([] if makes_one else [*loss_kwargs])
     if unfit:
         raise ConfigError(

@@ -6,16 +6,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from vembed.distributed import gather_numbers, gather_rows, process_count, process_index
+from vembed.distributed import (
+    all_reduce_sum,
+    gather_numbers,
+    gather_rows,
+    process_count,
+    process_index,
+)
 from vembed.errors import ConfigError, DataError
 from vembed.losses.relevance import Relevance
 from vembed.losses.similarity import unit_rows
+from vembed.losses.tiling import finite
 
 _NO_ID = -1
 """Stands for a missing content id; content ids are never negative."""
@@ -63,9 +72,19 @@ class GlobalBatch:
     _sizes: list[_Sizes]
     _ids: _Ids
 
-    def gather_queries(self) -> Tensor:
-        """`[Q, D]`, the queries of all processes. Collective: every process must call it."""
-        return gather_rows(self.query_BD, [size.queries for size in self._sizes])
+    def own_positives(self, values_C: Tensor) -> Tensor:
+        """`[M]`, of one number per document the numbers of this process's positives."""
+        first = sum(size.positives + size.negatives for size in self._sizes[: process_index()])
+        return values_C[first : first + len(self.positive_MD)]
+
+    def gather_of_positives(self, values_M: Tensor) -> Tensor:
+        """`[C]`, one number per document, from one per positive; hard negatives have +inf.
+
+        Collective: every process must call it.
+        """
+        own = self._sizes[process_index()]
+        values = torch.cat([values_M, values_M.new_full((own.negatives,), math.inf)])
+        return gather_rows(values, [size.positives + size.negatives for size in self._sizes])
 
     def relevant_documents(self) -> Relevance:
         """Over this process's queries x `documents_CD`."""
@@ -145,6 +164,38 @@ def gather_batch(
         _sizes=sizes,
         _ids=ids,
     )
+
+
+def logsumexp_over_processes(values_C: Tensor) -> Tensor:
+    """`log(sum(exp(values)))` over processes, element by element.
+
+    As with `gather_rows`, the backward pass sums the gradients of all processes, without a factor
+    of their number. Collective, and its backward too: every process's loss must depend on it.
+
+    Args:
+        values_C: `[C]`, of the same length on every process; -inf is the empty sum.
+    """
+    if process_count() == 1:
+        return values_C
+    total: Tensor = _LogSumExpOverProcesses.apply(values_C)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _LogSumExpOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values_C: Tensor) -> Tensor:
+        count = process_count()
+        gathered = gather_rows(values_C.detach(), [len(values_C)] * count)
+        total_C = gathered.view(count, -1).logsumexp(0)
+        ctx.save_for_backward(values_C, total_C)
+        return total_C
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_C: Tensor) -> Tensor:
+        values_C, total_C = ctx.saved_tensors
+        weights_C: Tensor = (values_C - finite(total_C)).exp()
+        return weights_C * all_reduce_sum(grad_C)
 
 
 def _ids_or_none(ids: Tensor | None, count: int, device: torch.device) -> Tensor:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vembed.losses.global_batch import gather_batch
+from vembed.losses.global_batch import GlobalBatch, gather_batch, logsumexp_over_processes
+from vembed.losses.margins import Margins, find_limits
 from vembed.losses.similarity import (
     clamp_logit_scale,
     full_precision,
     new_logit_scale,
     similarity_scale,
 )
-from vembed.losses.tiling import TileSize, check_tile_size, tiled_logsumexp
+from vembed.losses.tiling import (
+    TileSize,
+    check_tile_size,
+    tiled_logsumexp,
+    tiled_logsumexp_both,
+)
 
 
 class InfoNCE(nn.Module):
@@ -32,6 +40,10 @@ class InfoNCE(nn.Module):
     the queries of all processes that it is not relevant to (Radford et al., 2021). Hard negatives
     take no part in that direction.
 
+    With a margin, N(q) is without the candidates that are too similar to q beside its positives
+    (see `vembed.losses.margins`), and so are the queries that a positive ranks, judged by its own.
+    What is left out is decided without gradient. A batch in which nothing is left costs nothing.
+
     Memory grows with the batch, not its square (see `vembed.losses.tiling`).
 
     Attributes:
@@ -46,6 +58,9 @@ class InfoNCE(nn.Module):
         learn_temperature: bool = False,
         bidirectional: bool = False,
         tile_size: TileSize = "auto",
+        *,
+        absolute_margin: float | None = None,
+        relative_margin: float | None = None,
     ) -> None:
         """Assign and check.
 
@@ -53,10 +68,15 @@ class InfoNCE(nn.Module):
             temperature: Divides cosine similarities, above 0.
             learn_temperature: Train it, starting from the one given; call `clamp` after each step.
             bidirectional: Also rank the queries for each positive.
-            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB.
+            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB, and
+                twice that when `bidirectional`.
+            absolute_margin: Leave out of a query's negatives what is more similar to it than its
+                most similar positive less this (cosine, from -2 to 2; below zero: more similar by
+                that much). None: nothing.
+            relative_margin: The same, less this share of the positive's similarity (-1 to 1).
 
         Raises:
-            ConfigError: if temperature or tile size is out of range.
+            ConfigError: if temperature, tile size or a margin is out of range.
         """
         super().__init__()
         check_tile_size(tile_size)
@@ -64,6 +84,7 @@ class InfoNCE(nn.Module):
         self.temperature = temperature
         self.bidirectional = bidirectional
         self.tile_size = tile_size
+        self.margins = Margins(absolute_margin, relative_margin)
 
     def clamp(self) -> None:
         """Bring a learned temperature back into [0.01, 1]; call it after each optimizer step."""
@@ -97,24 +118,31 @@ class InfoNCE(nn.Module):
                 ids_positive=ids_positive,
                 ids_negative=ids_negative,
             )
-            scale = similarity_scale(self.logit_scale, self.temperature, batch.query_BD)
-            own_M = scale * (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1)
-            others_B = tiled_logsumexp(
-                batch.query_BD,
-                batch.documents_CD,
-                scale=scale,
-                masked=batch.relevant_documents(),
-                tile_size=self.tile_size,
-            )
-            # log(e^own / (e^own + e^others)), without losing a small loss in the rounding of a log.
-            loss_M = -functional.logsigmoid(own_M - others_B[batch.owner_M])
-            if self.bidirectional:
-                others_M = tiled_logsumexp(
-                    batch.positive_MD,
-                    batch.gather_queries(),
-                    scale=scale,
-                    masked=batch.relevant_queries(),
-                    tile_size=self.tile_size,
-                )
-                loss_M = (loss_M - functional.logsigmoid(own_M - others_M)) / 2
-            return (loss_M * batch.positive_weight_M).sum()
+            return self._loss(batch)
+
+    def _loss(self, batch: GlobalBatch) -> Tensor:
+        scale = similarity_scale(self.logit_scale, self.temperature, batch.query_BD)
+        similarity_M = (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1)
+        own_M = scale * similarity_M
+        how: dict[str, Any] = {
+            "scale": scale,
+            "masked": batch.relevant_documents(),
+            "limits": find_limits(
+                self.margins, batch, similarity_M, of_documents=self.bidirectional
+            ),
+            "tile_size": self.tile_size,
+        }
+        if not self.bidirectional:
+            others_B = tiled_logsumexp(batch.query_BD, batch.documents_CD, **how)
+            loss_M = _cross_entropy(own_M, others_B[batch.owner_M])
+        else:
+            others = tiled_logsumexp_both(batch.query_BD, batch.documents_CD, **how)
+            others_M = batch.own_positives(logsumexp_over_processes(others.columns_C))
+            loss_M = _cross_entropy(own_M, others.rows_R[batch.owner_M])
+            loss_M = (loss_M + _cross_entropy(own_M, others_M)) / 2
+        return (loss_M * batch.positive_weight_M).sum()
+
+
+def _cross_entropy(own: Tensor, others: Tensor) -> Tensor:
+    """`-log(e^own / (e^own + e^others))`, without losing a small loss in the rounding of a log."""
+    return -functional.logsigmoid(own - others)

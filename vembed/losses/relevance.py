@@ -9,6 +9,8 @@ and asking a device for each of them would stop the step again and again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,7 @@ class Relevance:
         self._pairs_of_row = _Positions(self._pair_rows, len(rows))
         self._columns_of_key = _Positions(self._column_keys, len(columns))
         self._num_keys = (len(rows), len(columns))
+        self._num_related_R = self.count(torch.ones(len(column_ids), dtype=torch.bool))
 
     @classmethod
     def identity(cls, first: int, rows: int, columns: int) -> Relevance:
@@ -74,6 +77,38 @@ class Relevance:
         row = torch.arange(len(keys)).repeat_interleave(num_found).repeat_interleave(num_columns)
         columns, order = columns.sort(stable=True)
         return row[order], columns
+
+    def in_tiles(self, rows: slice, width: int) -> Iterator[tuple[Tensor, ...]]:
+        """Related pairs of some rows, for each tile of `width` columns in turn.
+
+        Yields:
+            An index `i` of the tile, on the CPU: `tile[i]` are the related pairs. Two lists of
+            numbers, or, where they would take more room than the tile, `[r, c]` bool.
+        """
+        columns = range(0, len(self._column_keys), width)
+        if self._num_related_R[rows].sum() > (rows.stop - rows.start) * width // 8:
+            for start in columns:
+                yield (self._dense(rows, slice(start, start + width)),)
+            return
+        row, column = self.pairs(rows)
+        ends = torch.searchsorted(column, torch.tensor(columns) + width)
+        lengths = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        of_tiles = (torch.split(index, lengths) for index in (row, column % width))
+        yield from zip(*of_tiles, strict=True)
+
+    def _dense(self, rows: slice, columns: slice) -> Tensor:
+        """`[r, c]`, which pairs are related."""
+        # By the keys that occur here, of which there are no more than rows and columns; a row's
+        # own list of pairs may be as long as the batch.
+        row_keys, row = torch.unique(self._row_keys[rows], return_inverse=True)
+        column_keys, column = torch.unique(self._column_keys[columns], return_inverse=True)
+        found, num_found = self._pairs_of_row.lookup(row_keys)
+        row_of_pair = torch.arange(len(row_keys)).repeat_interleave(num_found)
+        here = torch.isin(self._pair_columns[found], column_keys)
+        column_of_pair = torch.searchsorted(column_keys, self._pair_columns[found][here])
+        related = torch.zeros(len(row_keys), len(column_keys), dtype=torch.bool)
+        related[row_of_pair[here], column_of_pair] = True
+        return related[row].index_select(1, column)
 
     def count(self, columns: Tensor) -> Tensor:
         """How many of some columns are related to each row, without room for the pairs.

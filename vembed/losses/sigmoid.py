@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vembed.losses.global_batch import gather_batch
+from vembed.losses.margins import Margins, find_limits
 from vembed.losses.similarity import (
     clamp_logit_scale,
     full_precision,
@@ -28,6 +29,9 @@ class PairwiseSigmoid(nn.Module):
     and the result is the mean over the queries. As published, temperature and bias are learned,
     from 0.1 and -10.
 
+    With a margin, N(q) is without the candidates that are too similar to q beside its positives
+    (see `vembed.losses.margins`). What is left out is decided without gradient.
+
     Attributes:
         logit_scale: The parameter `log(1 / temperature)` when it is learned, else None.
         logit_bias: The bias; a parameter when it is learned.
@@ -42,6 +46,9 @@ class PairwiseSigmoid(nn.Module):
         learn_temperature: bool = True,
         bias: float = -10.0,
         tile_size: TileSize = "auto",
+        *,
+        absolute_margin: float | None = None,
+        relative_margin: float | None = None,
     ) -> None:
         """Assign and check.
 
@@ -51,15 +58,20 @@ class PairwiseSigmoid(nn.Module):
                 after each step.
             bias: Added to similarities; below zero since most pairs are no match.
             tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB.
+            absolute_margin: Leave out of a query's negatives what is more similar to it than its
+                most similar positive less this (cosine, from -2 to 2; below zero: more similar by
+                that much). None: nothing.
+            relative_margin: The same, less this share of the positive's similarity (-1 to 1).
 
         Raises:
-            ConfigError: if temperature or tile size is out of range.
+            ConfigError: if temperature, tile size or a margin is out of range.
         """
         super().__init__()
         check_tile_size(tile_size)
         self.logit_scale = new_logit_scale(temperature, learn_temperature)
         self.temperature = temperature
         self.tile_size = tile_size
+        self.margins = Margins(absolute_margin, relative_margin)
         if learn_temperature:
             self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
         else:
@@ -99,13 +111,15 @@ class PairwiseSigmoid(nn.Module):
             )
             scale = similarity_scale(self.logit_scale, self.temperature, batch.query_BD)
             bias = self.logit_bias.to(scale.dtype)
-            own_M = scale * (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1) + bias
+            similarity_M = (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1)
+            own_M = scale * similarity_M + bias
             others_B = tiled_softplus_sum(
                 batch.query_BD,
                 batch.documents_CD,
                 scale=scale,
                 bias=bias,
                 masked=batch.relevant_documents(),
+                limits=find_limits(self.margins, batch, similarity_M),
                 tile_size=self.tile_size,
             )
             matches = -(functional.logsigmoid(own_M) * batch.positive_weight_M).sum()

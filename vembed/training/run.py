@@ -163,6 +163,7 @@ def build_trainer(
         temperature=config.temperature,
         learn_temperature=config.learn_temperature,
         bidirectional=config.loss_bidirectional,
+        tile_size=config.loss_tile_size,
         **config.loss_kwargs,
     )
     check_row_fields(criterion, data.train.fields)

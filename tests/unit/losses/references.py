@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,19 +19,23 @@ def reference_info_nce(criterion, batch: Batch) -> Tensor:
     total = torch.zeros((), dtype=query.dtype)
     for i in range(len(query)):
         own = [m for m in range(len(positive)) if owner[m] == i]
+        closest = max(_cosine(query[i], positive[m]) for m in own)
         for m in own:
             s_own = scale * _cosine(query[i], positive[m])
             others = [
                 scale * _cosine(query[i], documents[c])
                 for c in range(len(documents))
                 if (ids_query[i], ids_document[c]) not in relevant
+                and not _too_similar(criterion, _cosine(query[i], documents[c]), closest)
             ]
             loss = _cross_entropy(s_own, others)
             if criterion.bidirectional:
+                s_partner = _cosine(query[i], positive[m])
                 others = [
                     scale * _cosine(query[j], positive[m])
                     for j in range(len(query))
                     if (ids_query[j], ids_document[m]) not in relevant
+                    and not _too_similar(criterion, _cosine(query[j], positive[m]), s_partner)
                 ]
                 loss = (loss + _cross_entropy(s_own, others)) / 2
             total = total + loss / len(own)
@@ -48,10 +54,13 @@ def reference_sigmoid(criterion, batch: Batch) -> Tensor:
         for m in own:
             x = scale * _cosine(query[i], positive[m]) + criterion.logit_bias
             total = total + torch.log1p(torch.exp(-x)) / len(own)
+        closest = max(_cosine(query[i], positive[m]) for m in own)
         for c in range(len(documents)):
-            if (ids_query[i], ids_document[c]) not in relevant:
-                x = scale * _cosine(query[i], documents[c]) + criterion.logit_bias
-                total = total + torch.log1p(torch.exp(x))
+            similarity = _cosine(query[i], documents[c])
+            if (ids_query[i], ids_document[c]) in relevant:
+                continue
+            if not _too_similar(criterion, similarity, closest):
+                total = total + torch.log1p(torch.exp(scale * similarity + criterion.logit_bias))
     return total / len(query)
 
 
@@ -99,6 +108,16 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:
 
 def _cross_entropy(own: Tensor, others: list[Tensor]) -> Tensor:
     return -torch.log(torch.exp(own) / (torch.exp(own) + sum(torch.exp(s) for s in others)))
+
+
+def _too_similar(criterion, similarity: Tensor, partner: Tensor) -> bool:
+    """Whether a candidate is no negative beside a partner; one that ties with it is a copy."""
+    margins, limits = criterion.margins, [math.inf]
+    if margins.absolute is not None:
+        limits.append(partner - margins.absolute)
+    if margins.relative is not None:
+        limits.append(partner - margins.relative * partner.abs())
+    return similarity > min(limits) - 1e-12
 
 
 def _softmax(values: list[Tensor]) -> list[Tensor]:

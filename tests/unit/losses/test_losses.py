@@ -77,6 +77,7 @@ def test_a_loss_gets_only_the_settings_it_has():
         "temperature": 0.3,
         "learn_temperature": False,
         "bidirectional": False,
+        "tile_size": "auto",
         "margin": 1,
     }
 
@@ -97,6 +98,8 @@ def test_functions_and_objects_serve_as_losses():
         ({"loss_type": "infonce", "margin": 1}, "'margin'.*it accepts: temperature"),
         ({"loss_type": "cosent", "learn_temperature": True}, "'cosent' has no learn_temperature"),
         ({"loss_type": "supcon", "bidirectional": True}, "'supcon' has no bidirectional"),
+        ({"loss_type": "cosent", "tile_size": 8}, "'cosent' has no tile_size"),
+        ({"loss_type": distance, "tile_size": 8}, "has no tile_size"),
         ({"loss_type": Distance, "margin": 1}, "margin"),
         ({"loss_type": Distance(), "margin": 1}, "has no margin"),
         ({"loss_type": distance, "learn_temperature": True}, "has no learn_temperature"),
@@ -109,6 +112,11 @@ def test_functions_and_objects_serve_as_losses():
         ({"loss_type": "infonce", "tile_size": 0}, "tile_size: .*Received: 0"),
         ({"loss_type": "infonce", "tile_size": True}, "tile_size: .*Received: True"),
         ({"loss_type": "sigmoid", "tile_size": "big"}, "tile_size: .*Received: 'big'"),
+        ({"loss_type": "infonce", "absolute_margin": 2.1}, "absolute_margin: .*Received: 2.1"),
+        ({"loss_type": "sigmoid", "relative_margin": 95}, "relative_margin: .*-1 to 1.*95"),
+        ({"loss_type": "sigmoid", "absolute_margin": "5%"}, "absolute_margin: .*Received: '5%'"),
+        ({"loss_type": "infonce", "relative_margin": True}, "relative_margin: .*Received: True"),
+        ({"loss_type": "infonce", "absolute_margin": math.nan}, "absolute_margin: .*nan"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message):

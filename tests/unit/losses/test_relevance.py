@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from vembed.losses.relevance import Relevance
@@ -29,6 +30,35 @@ def test_count_of_one_repeated_item_takes_no_room():
     same = torch.zeros(100_000, dtype=torch.int64)
     counts = Relevance(same, same, same, same).count(same == 0)
     assert counts.unique().tolist() == [100_000]
+
+
+@pytest.mark.parametrize(("width", "lists"), [(1, 1), (3, 1), (14, 1), (200, 2)])
+def test_pairs_in_tiles_are_the_pairs(width, lists):
+    """Many of them are marked in a mask, few for the size of a tile are listed."""
+    kinds = set()
+    for seed in range(20):
+        relation = random_relation(seed)
+        row, column = relation.pairs(slice(2, 7))
+        expected = torch.zeros(5, 14, dtype=torch.int64).index_put((row, column), torch.tensor(1))
+        tiles = expected.split(width, dim=1)
+        for tile, index in zip(tiles, relation.in_tiles(slice(2, 7), width), strict=True):
+            kinds.add(len(index))
+            found = torch.zeros_like(tile)
+            found[index] += 1
+            assert found.equal(tile)
+    assert lists in kinds
+
+
+@pytest.mark.parametrize("repeated", ["items", "queries", "documents"])
+def test_tiles_of_a_large_relation_take_the_room_of_one_tile(repeated):
+    """All pairs are related: 10^10 of them, 10^6 in a tile."""
+    same, different = torch.zeros(100_000, dtype=torch.int64), torch.arange(100_000)
+    rows = different if repeated == "documents" else same
+    columns = different if repeated == "queries" else same
+    relation = Relevance(rows, columns, rows, columns)
+    (mask,) = next(relation.in_tiles(slice(0, 1000), 1000))
+    assert mask.shape == (1000, 1000)
+    assert mask.all()
 
 
 def test_no_rows():

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from vembed.losses.relevance import Relevance
-from vembed.losses.tiling import TILE_BYTES, tile_shape, tiled_logsumexp, tiled_softplus_sum
+from vembed.losses.tiling import (
+    TILE_BYTES,
+    Limits,
+    tile_shape,
+    tiled_logsumexp,
+    tiled_logsumexp_both,
+    tiled_softplus_sum,
+)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +83,40 @@ def test_reductions_are_dense_ones(tile_size):
         tiled_softplus_sum(rows, columns, scale=scale, bias=bias, masked=own, tile_size=tile_size),
         torch.nn.functional.softplus(scores + bias).sum(1),
     )
+    both = tiled_logsumexp_both(rows, columns, scale=scale, masked=own, tile_size=tile_size)
+    torch.testing.assert_close(both.rows_R, scores.logsumexp(1))
+    torch.testing.assert_close(both.columns_C, scores.logsumexp(0))
+
+
+@pytest.mark.parametrize("tile_size", [1, 3, "auto"])
+def test_each_side_has_limits_of_its_own(tile_size):
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (
+        torch.randn(n, 3, dtype=torch.float64, generator=generator, requires_grad=True)
+        for n in (5, 7)
+    )
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    own = Relevance.identity(first=1, rows=5, columns=7)
+    limits = Limits(torch.linspace(-0.5, 1, 5).double(), torch.linspace(1, -0.5, 7).double())
+
+    def reduce(*factors):
+        rows, columns, scale = factors
+        found = tiled_logsumexp_both(
+            rows, columns, scale=scale, masked=own, limits=limits, tile_size=tile_size
+        )
+        return found.rows_R.exp(), found.columns_C.exp()  # a sum of nothing is 0, not -inf
+
+    similarity = rows @ columns.T
+    relevant = torch.zeros(5, 7, dtype=torch.bool)
+    relevant[torch.arange(5), torch.arange(1, 6)] = True
+    for side, limit, dim in zip(
+        reduce(rows, columns, scale), (limits.row_R[:, None], limits.column_C), (1, 0), strict=True
+    ):
+        left_out = relevant | (similarity > limit)
+        assert left_out.sum() > relevant.sum()
+        dense = (scale * similarity).exp().masked_fill(left_out, 0).sum(dim)
+        torch.testing.assert_close(side, dense, rtol=1e-12, atol=0)
+    assert torch.autograd.gradcheck(reduce, (rows, columns, scale))
 
 
 def test_a_row_without_unmasked_columns():

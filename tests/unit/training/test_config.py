@@ -47,6 +47,7 @@ OTHER = {
     "temperature": ("2e-2", 0.02),
     "learn_temperature": ("true", True),
     "loss_bidirectional": ("true", True),
+    "loss_tile_size": ("512", 512),
     "teacher_model_name": ("t", "t"),
     "distillation_alpha": ("0.25", 0.25),
     "distillation_temperature": ("1", 1.0),
