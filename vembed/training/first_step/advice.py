@@ -69,6 +69,14 @@ def _negatives(report: FirstStepReport) -> Iterator[Advice]:
     candidates = report.candidates
     if candidates is None:
         return
+    if candidates.too_similar and candidates.too_similar.mean > candidates.negatives.mean:
+        yield Advice(
+            "margins",
+            f"the margin leaves out {candidates.too_similar.mean:.3g} candidates per query as too "
+            f"similar and {candidates.negatives.mean:.3g} negatives. Set a smaller absolute_margin "
+            "or relative_margin in loss_kwargs, or train without one first",
+            ("loss_kwargs",),
+        )
     remedy = (
         "Set a larger batch_size (use_gradient_cache: true makes it fit, "
         "gradient_accumulation_steps adds no negatives), or add negatives to the rows of data_path"

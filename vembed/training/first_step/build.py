@@ -130,4 +130,5 @@ def _look_at_candidates(
         batch.extras,
         softmax_temperature=temperature.value if softmax and temperature else None,
         bidirectional=isinstance(criterion, InfoNCE) and criterion.bidirectional,
+        margins=criterion.margins,
     )

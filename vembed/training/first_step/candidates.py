@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from vembed.distributed import (
     process_index,
 )
 from vembed.losses.global_batch import GlobalBatch, gather_batch
+from vembed.losses.margins import Margins, find_limits
 from vembed.losses.relevance import Relevance
 from vembed.training.objective import Embeddings
 
@@ -77,11 +78,12 @@ class Candidates:
         other_processes: Negatives that are positives of queries on other processes.
         hard: Hard negatives, a query's own and those of others.
         masked: Documents that do not count, because they are copies of a relevant one.
+        too_similar: Documents that a margin of the loss leaves out; None without margins.
         negatives: All negatives.
         few: Queries with at most one negative.
         own_text: Queries with their own content among their negatives; None without ids.
         chance: The loss of a model that cannot tell documents apart; None for a loss other than
-            InfoNCE.
+            InfoNCE, or one that ranks both ways with margins.
         softmax: At the temperature of the loss; None for a loss other than InfoNCE, and where no
             query has a negative.
     """
@@ -91,6 +93,7 @@ class Candidates:
     other_processes: Spread
     hard: Spread
     masked: Spread
+    too_similar: Spread | None
     negatives: Spread
     few: int
     own_text: int | None
@@ -104,6 +107,7 @@ def look_at_candidates(
     *,
     softmax_temperature: float | None,
     bidirectional: bool = False,
+    margins: Margins | None = None,
 ) -> Candidates:
     """Count what the contrastive losses of `vembed.losses` compare, by their own rule.
 
@@ -114,6 +118,7 @@ def look_at_candidates(
         extras: What the batch says about its rows.
         softmax_temperature: The temperature of an InfoNCE loss; None for another loss.
         bidirectional: Whether that loss ranks queries as well.
+        margins: Those of the loss.
     """
     batch = gather_batch(
         student["query"],
@@ -122,12 +127,14 @@ def look_at_candidates(
         **{name: extras.get(name) for name in _IDS},
     )
     relevance = batch.relevant_documents()
-    own_B4 = _count_documents(batch, relevance, student)
+    limits_B = _limits(batch, margins)
+    own_B5 = _count_documents(batch, relevance, student, limits_B)
     chance = softmax = None
     if softmax_temperature is not None:
-        chance = _chance(batch, own_B4[:, :3].sum(1), bidirectional)
-        softmax = _softmax_of_queries(batch, relevance, softmax_temperature)
-    local, other, hard, masked = gather_rows(own_B4.to(batch.query_BD.device)).cpu().T
+        softmax = _softmax_of_queries(batch, relevance, softmax_temperature, limits_B)
+        if limits_B is None or not bidirectional:
+            chance = _chance(batch, own_B5[:, :3].sum(1), bidirectional)
+    local, other, hard, masked, similar = gather_rows(own_B5.to(batch.query_BD.device)).cpu().T
     negatives = local + other + hard
     return Candidates(
         queries=len(negatives),
@@ -135,6 +142,7 @@ def look_at_candidates(
         other_processes=Spread.of(other),
         hard=Spread.of(hard),
         masked=Spread.of(masked),
+        too_similar=None if limits_B is None else Spread.of(similar),
         negatives=Spread.of(negatives),
         few=int((negatives <= 1).sum()),
         own_text=_count_own_texts(student, extras),
@@ -143,8 +151,19 @@ def look_at_candidates(
     )
 
 
-def _count_documents(batch: GlobalBatch, relevance: Relevance, student: Embeddings) -> Tensor:
-    """`[B, 4]`: negatives of this process, of others, hard ones; masked. Collective."""
+def _limits(batch: GlobalBatch, margins: Margins | None) -> Tensor | None:
+    """The similarity from which on candidates of each query are left out, `[B]`."""
+    if margins is None:
+        return None
+    similarity_M = (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1)
+    limits = find_limits(margins, batch, similarity_M)
+    return None if limits is None else limits.row_R
+
+
+def _count_documents(
+    batch: GlobalBatch, relevance: Relevance, student: Embeddings, limits_B: Tensor | None
+) -> Tensor:
+    """`[B, 5]`: negatives of this process, of others, hard; masked; too similar. Collective."""
     rows = [len(student.get(role, ())) for role in ("positive", "negative")]
     sizes = gather_numbers(rows, batch.query_BD.device)
     hard_C = torch.cat([torch.arange(m + k) >= m for m, k in sizes])
@@ -153,8 +172,32 @@ def _count_documents(batch: GlobalBatch, relevance: Relevance, student: Embeddin
     groups = (~hard_C & is_here_C, ~hard_C & ~is_here_C, hard_C)
     relevant = [relevance.count(group) for group in groups]
     own_positives_B = torch.bincount(batch.owner_M.cpu(), minlength=len(batch.query_BD))
-    left = [group.sum() - count for group, count in zip(groups, relevant, strict=True)]
-    return torch.stack([*left, torch.stack(relevant).sum(0) - own_positives_B], dim=1)
+    similar_B3 = _count_too_similar(batch, relevance, groups, limits_B)
+    left_B3 = torch.stack(
+        [group.sum() - count for group, count in zip(groups, relevant, strict=True)], dim=1
+    )
+    masked_B = torch.stack(relevant).sum(0) - own_positives_B
+    totals = torch.stack([masked_B, similar_B3.sum(1)], dim=1)
+    return torch.cat([left_B3 - similar_B3, totals], dim=1)
+
+
+def _count_too_similar(
+    batch: GlobalBatch,
+    relevance: Relevance,
+    groups: Sequence[Tensor],
+    limits_B: Tensor | None,
+) -> Tensor:
+    """`[B, 3]`: documents of each group that are not relevant, but beyond a query's limit."""
+    counts_B3 = torch.zeros(len(batch.query_BD), len(groups), dtype=torch.int64)
+    if limits_B is None:
+        return counts_B3
+    for start in range(0, len(counts_B3), _SAMPLED_QUERIES):
+        rows = slice(start, min(start + _SAMPLED_QUERIES, len(counts_B3)))
+        beyond_nC = batch.query_BD[rows] @ batch.documents_CD.T > limits_B[rows, None]
+        beyond_nC = beyond_nC.cpu()
+        beyond_nC[relevance.pairs(rows)] = False
+        counts_B3[rows] = torch.stack([beyond_nC[:, group].sum(1) for group in groups], dim=1)
+    return counts_B3
 
 
 def _chance(batch: GlobalBatch, negatives_B: Tensor, bidirectional: bool) -> float:
@@ -170,11 +213,14 @@ def _chance(batch: GlobalBatch, negatives_B: Tensor, bidirectional: bool) -> flo
 
 
 def _softmax_of_queries(
-    batch: GlobalBatch, relevance: Relevance, temperature: float
+    batch: GlobalBatch, relevance: Relevance, temperature: float, limits_B: Tensor | None
 ) -> Softmax | None:
     """Of each query's first positive and its negatives. Collective."""
     query_nD = batch.query_BD[:_SAMPLED_QUERIES]
-    logits = query_nD @ batch.documents_CD.T / temperature
+    similarity = query_nD @ batch.documents_CD.T
+    logits = similarity / temperature
+    if limits_B is not None:
+        logits[similarity > limits_B[:_SAMPLED_QUERIES, None]] = -torch.inf
     row, column = relevance.pairs(slice(0, len(query_nD)))
     logits[row.to(logits.device), column.to(logits.device)] = -torch.inf
     numbers = torch.arange(len(query_nD), device=logits.device)

@@ -168,10 +168,12 @@ def _temperature_line(temperature: Temperature) -> str:
 
 
 def _negatives_line(candidates: Candidates) -> str:
+    similar = candidates.too_similar
     return (
         f"{candidates.negatives} per query: {candidates.local} of its process, "
         f"{candidates.other_processes} of other processes, {candidates.hard} hard; "
         f"masked as relevant: {candidates.masked}"
+        + ("" if similar is None else f", as too similar: {similar}")
     )
 
 

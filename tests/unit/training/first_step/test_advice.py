@@ -269,3 +269,11 @@ def test_every_warning_is_a_line_that_names_settings_which_exist():
         assert advice.settings, advice.name
         assert set(advice.settings) <= set(TrainConfig.model_fields), advice.name
         assert all(setting in advice.text for setting in advice.settings), advice.name
+
+
+def test_a_margin_that_leaves_out_most_candidates():
+    student, extras = healthy()
+    report = report_on(student, extras, InfoNCE(0.1, absolute_margin=2.0), gradients=GRADIENTS)
+    assert report.candidates.negatives.high == 0
+    assert "smaller absolute_margin" in next(a.text for a in advise(report) if a.name == "margins")
+    assert "as too similar: 15" in dict(report.lines())["negatives"]

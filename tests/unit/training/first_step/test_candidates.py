@@ -7,6 +7,7 @@ import torch
 
 from tests.unit.training.first_step.batches import hand_made, healthy
 from vembed.losses.info_nce import InfoNCE
+from vembed.losses.margins import Margins
 from vembed.training.first_step.candidates import Spread, look_at_candidates, mean_softmax
 
 
@@ -29,6 +30,25 @@ def test_counts_by_hand():
     assert found.negatives == spread(5, 6, 5, 6)
     assert found.few == 0
     assert found.chance == pytest.approx((2 * math.log(6) + 2 * math.log(7)) / 4)
+
+
+def test_margins_by_hand():
+    """Query 0 has the similarities 0.6 (own), 0.8, 0.5, 0 to the documents."""
+    query = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])
+    positive = torch.tensor([[0.6, 0.8], [0.8, 0.6], [0.5, 0.75**0.5]])
+    student = {"query": query, "positive": positive, "negative": torch.tensor([[0.0, 1.0]])}
+    found = look(student, {}, margins=Margins(absolute=0.05))
+    # Limits 0.55, 0.55 and 0.816: 0.8; 0.8, 0.866 and 1; 1.
+    assert found.too_similar == spread(1, 3, 1)
+    assert found.local == spread(1, 0, 2)
+    assert found.hard == spread(1, 0, 0)
+    assert found.negatives == spread(2, 0, 2)
+    assert found.few == 1
+    assert found.chance == pytest.approx(2 * math.log(3) / 3)
+    assert look(student, {}, margins=Margins(absolute=0.05), bidirectional=True).chance is None
+    assert look(student, {}, margins=Margins()).too_similar is None
+    equal = look({**student, "query": query * 0 + 1}, {}, margins=Margins(absolute=-1.0))
+    assert equal.chance == pytest.approx(math.log(4))
 
 
 def test_a_query_that_is_a_negative_of_another_row_meets_itself():
