@@ -14,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
+# Torch 2.13 gave these collectives other names, and warns at every call of the old ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _Tensor = TypeVar("_Tensor", bound=Tensor)
 
 _BUCKET_BYTES = 256 * 2**20
@@ -45,7 +49,7 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
         return [list(numbers)]
     own = torch.tensor(numbers, dtype=torch.int64, device=device)
     gathered = own.new_empty(process_count() * len(own))
-    dist.all_gather_into_tensor(gathered, own)
+    _all_gather(gathered, own)
     return [[int(n) for n in of_process] for of_process in gathered.view(-1, len(own)).tolist()]
 
 
@@ -216,7 +220,7 @@ def reduce_shares(tensors: Sequence[Tensor]) -> list[Tensor]:
         ]
         flat = torch.cat([t.view(process_count(), -1) for t in padded], 1)
         own = flat.new_empty(flat.shape[1])
-        dist.reduce_scatter_tensor(own, flat.view(-1))
+        _reduce_scatter(own, flat.view(-1))
         own /= process_count()
         parts = torch.split(own, [t.numel() // process_count() for t in padded])
         for tensor, height, part in zip(bucket, heights, parts, strict=True):
@@ -248,7 +252,7 @@ def _all_gather_uneven(rows: Tensor, counts: list[int]) -> Tensor:
     if len(rows) < longest:
         padded = torch.cat([padded, padded.new_zeros(longest - len(rows), *rows.shape[1:])])
     gathered = padded.new_empty(longest * len(counts), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, padded)
+    _all_gather(gathered, padded)
     if min(counts) == longest:
         return gathered
     return torch.cat(

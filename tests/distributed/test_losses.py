@@ -19,6 +19,7 @@ from tests.unit.losses.conformance import (
     take_queries,
 )
 from tests.unit.losses.references import reference_similarity_kl
+from vembed import distributed
 from vembed.distributed import process_index
 from vembed.losses import build_criterion
 from vembed.losses.distillation import SimilarityKL
@@ -64,7 +65,7 @@ def test_duplicates_are_masked_across_processes():
 def _count_collectives(batch, split, kwargs):
     """Shapes of what is gathered in forward and summed in backward, sizes and ids apart."""
     shapes = {"gather": [], "sum": []}
-    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+    gather, reduce = distributed._all_gather, dist.all_reduce
 
     def counting_gather(output, own, **kwargs):
         if own.is_floating_point():
@@ -75,7 +76,7 @@ def _count_collectives(batch, split, kwargs):
         shapes["sum"].append(tuple(tensor.shape))
         return reduce(tensor, **kwargs)
 
-    dist.all_gather_into_tensor, dist.all_reduce = counting_gather, counting_reduce
+    distributed._all_gather, dist.all_reduce = counting_gather, counting_reduce
     evaluate(build_criterion("infonce", **kwargs), take_queries(batch, split[process_index()]))
     return shapes
 

@@ -48,15 +48,15 @@ def test_trains_like_one_process(folder, settings, request):
 
 
 def count_collectives(*args: Any) -> dict[str, Any]:
-    import torch.distributed as dist
+    from vembed import distributed
 
-    original, calls = dist.reduce_scatter_tensor, []
+    original, calls = distributed._reduce_scatter, []
 
     def counted(*args: Any, **settings: Any) -> Any:
         calls.append(1)
         return original(*args, **settings)
 
-    dist.reduce_scatter_tensor = counted
+    distributed._reduce_scatter = counted
     return {**train(*args), "reduce_scatters": len(calls)}
 
 

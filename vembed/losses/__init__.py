@@ -33,8 +33,9 @@ class Criterion(Protocol):
     `ids_negative` `[K]` (equal ids are equal contents), `labels` `[B]`, `scores` `[B]`,
     `teacher_scores` `[B, ...]`. Rows of positives and negatives are in the order of their queries.
 
-    It returns a scalar whose mean over processes is the loss of the global batch. A loss that looks
-    at other rows gathers them with `vembed.distributed.gather_rows`.
+    It returns a scalar whose mean over processes is the loss of the global batch: for a loss of one
+    number per row, `vembed.distributed.global_mean` of them, which counts every row once also where
+    processes have unequally many. A loss that looks at other rows gathers them with `gather_rows`.
 
     Two things are read from it if it has them: `required_fields`, the row fields without which it
     cannot work, and the method `clamp()`, called after each optimizer step.
@@ -42,7 +43,7 @@ class Criterion(Protocol):
     The smallest valid one, usable as `loss_type: my_losses:cosine_distance`:
 
         def cosine_distance(query, positive):
-            return (1 - torch.cosine_similarity(query, positive)).mean()
+            return global_mean(1 - torch.cosine_similarity(query, positive))
 
     or as a class, an `nn.Module` where it has parameters, whose constructor takes what it wants of
     `temperature`, `learn_temperature`, `bidirectional`, `tile_size` and `loss_kwargs`:
@@ -51,7 +52,7 @@ class Criterion(Protocol):
             required_fields = frozenset({"positive"})
 
             def forward(self, query, positive):
-                return (1 - torch.cosine_similarity(query, positive)).mean()
+                return global_mean(1 - torch.cosine_similarity(query, positive))
     """
 
     def __call__(self, query: Tensor, **rows: Any) -> Tensor:
