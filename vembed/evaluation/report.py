@@ -59,9 +59,11 @@ def render_moved(moved: MovedQueries) -> RenderableType:
     counts = Text.assemble(
         "Right answer ranked higher for ", (f"{moved.improved_count:,}", "bold green"),
         " queries, lower for ", (f"{moved.worsened_count:,}", "bold red"),
-        f", the same for {moved.unchanged_count:,}.\nIts rank before and after:",
+        f", the same for {moved.unchanged_count:,}.",
     )  # fmt: skip
     parts: list[RenderableType] = [counts]
+    if moved.improved or moved.worsened:
+        parts.append(Text("Its rank before and after:"))
     for heading, queries, style in (
         ("Improved most", moved.improved, "green"),
         ("Worsened most", moved.worsened, "red"),
