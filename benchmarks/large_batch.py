@@ -13,8 +13,8 @@ Variants: `plain` (no cache), `cache` (the gradient cache, nothing kept), `keep`
 CachedMultipleNegativesRankingLoss with its default mini-batch of 32). All take the same pairs,
 model, precision and optimizer. The pairs are those of `vembed quickstart`, made on the spot.
 
-Losses, on random vectors of size `--dim`: `infonce`, `both` (in both directions) and `sigmoid`, each
-also `-dense`, which is the whole similarity matrix at once.
+Losses, on random vectors of size `--dim`: `infonce`, `both` (in both directions) and `sigmoid`,
+each also `-dense`, which is the whole similarity matrix at once.
 """
 
 from __future__ import annotations
