@@ -33,7 +33,7 @@ def run(words, model_path) -> int:
 
 
 def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
-    assert [words[1] for words in OWN_DATA] == ["check", "train", "evaluate", "encode"]
+    assert [words[1] for words in OWN_DATA] == ["check", "train", "evaluate", "encode", "verify"]
 
     for words in OWN_DATA[:2]:
         assert run(words, tiny_st_path) == 0
@@ -41,6 +41,7 @@ def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
     assert run(OWN_DATA[2], tiny_st_path) == 0
     metrics = json.loads(capfd.readouterr().out)
     assert run(OWN_DATA[3], tiny_st_path) == 0
+    assert run(OWN_DATA[4], tiny_st_path) == 0
 
     assert 0 <= metrics["ndcg@10"] <= 1
     assert len(np.load(folder / "documents.npy")) == len(PAIRS) + 2
@@ -69,6 +70,8 @@ def test_commands_parse(words, monkeypatch):
 
     if command in ("train", "check", "quickstart"):
         load_and_parse_config(argv, required=RUN_REQUIRES)
+    elif command == "verify":
+        load_and_parse_config(argv[1:], required=RUN_REQUIRES)
     else:
         module = __import__(f"vembed.cli.{command}", fromlist=["_parser"])
         module._parser().parse_args(argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import time
 
 import psutil
@@ -78,7 +79,7 @@ def test_a_missing_gradient_is_zero():
     del actual["encoder.projections.0.weight"]
     found = compare(actual, gradients())["projections"]
     assert (found.ratio, found.difference) == (0.0, 1.0)
-    zeros = dict.fromkeys(gradients(), torch.zeros(2))
+    zeros = {name: torch.zeros_like(gradient) for name, gradient in gradients().items()}
     both = compare({}, zeros)["backbone"]
     assert (both.is_zero, both.difference) == (True, 0.0)
     assert compare(gradients(), zeros)["backbone"].difference == math.inf
@@ -203,6 +204,9 @@ def test_settings_of_a_case():
     assert not settings_of(config, SCOPE, Case(UNEVEN, "cached", 2)).ddp_static_graph
     assert not settings_of(config, SCOPE, Case(ACCUMULATION, "plain", 2)).ddp_static_graph
     assert config.batch_size == 512
+    config.distributed_strategy = "fsdp2"
+    assert settings_of(config, SCOPE, Case(AMP, "plain", 2)).distributed_strategy == "fsdp2"
+    assert settings_of(config, SCOPE, Case(AMP, "plain", 1)).distributed_strategy == "ddp"
 
 
 @pytest.mark.parametrize(
@@ -245,16 +249,13 @@ def test_few_rows_serve_twice(tmp_path):
     assert second == first[::-1]
 
 
-def test_fewer_rows_than_processes_are_refused(tmp_path):
-    with pytest.raises(DataError, match="1 rows cannot be shared among 2 processes"):
-        load_subject(config_of(tmp_path, PAIRS[:1]), SCOPE)
-
-
-def test_an_uneven_batch_leaves_no_process_without_rows(tmp_path):
+def test_an_uneven_batch_has_one_row_less(tmp_path):
     subject = load_subject(config_of(tmp_path, PAIRS), Scope(2, "float64", 1))
     assert [len(batch) for batch in subject.records(AS_CONFIGURED, 2)] == [2, 2]
-    with pytest.raises(DoesNotApplyError, match="without one of 2 rows"):
-        subject.records(UNEVEN, 1)
+    assert [len(batch) for batch in subject.records(UNEVEN, 2)] == [2, 1]
+    alone = load_subject(config_of(tmp_path, PAIRS), Scope(1, "float64", 1))
+    with pytest.raises(DoesNotApplyError, match="without one of 1 rows"):
+        alone.records(UNEVEN, 1)
 
 
 @pytest.mark.parametrize(
@@ -303,24 +304,51 @@ def wait_on_one() -> None:
         time.sleep(600)
 
 
+def raise_config_error() -> None:
+    raise ConfigError("learn_temperature: no")
+
+
+def raise_data_error() -> None:
+    raise DataError("3 rows")
+
+
 def children() -> set[int]:
     return {process.pid for process in psutil.Process().children(recursive=True)}
 
 
 @pytest.fixture
-def before():
-    """The children that were there; the resource tracker of `multiprocessing` stays for good."""
-    from multiprocessing import resource_tracker
+def nothing_left():
+    """Fails if a test leaves processes behind, beside the two that `multiprocessing` keeps."""
+    with LocalProcesses(1):
+        pass
+    before = children()
+    yield
+    deadline = time.monotonic() + 10
+    while (left := children() - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not left
 
-    resource_tracker.ensure_running()
-    return children()
 
-
-def test_processes_call_functions_together_again_and_again(before):
+def test_processes_call_functions_together_again_and_again(nothing_left):
     with LocalProcesses(2) as group:
         assert group.run(rank_and_sum, 10, what="a sum") == [(0, 21), (1, 21)]
-        assert group.run(rank_and_sum, 1, what="a sum") == [(0, 3), (1, 3)]
-    assert children() == before
+        call = group.start(rank_and_sum, 1, what="a sum")
+        assert call.results() == [(0, 3), (1, 3)]
+
+
+def test_processes_have_the_environment_of_their_parent(nothing_left, monkeypatch):
+    monkeypatch.setenv("VEMBED_TEST", "set after the imports were made")
+    with LocalProcesses(2, threads=3) as group:
+        found = group.run(look_around, what="a look around")
+    assert found == [("0", "2", "set after the imports were made", 3, True)] + [
+        ("1", "2", "set after the imports were made", 3, True)
+    ]
+
+
+def look_around() -> tuple:
+    names = ("RANK", "WORLD_SIZE", "VEMBED_TEST")
+    ignores_interrupts = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    return (*(os.environ[name] for name in names), torch.get_num_threads(), ignores_interrupts)
 
 
 @pytest.mark.parametrize(
@@ -328,13 +356,15 @@ def test_processes_call_functions_together_again_and_again(before):
     [
         (fail_on_one, 60, r"a test: process 1 failed:(.|\n)*ZeroDivisionError: on purpose"),
         (die_on_one, 60, "a test: process 1 died"),
-        (wait_on_one, 20, "a test: process 1 did not finish within 20 s"),
+        (wait_on_one, 3, "a test: process 1 did not finish within 3 s"),
+        (raise_config_error, 60, "a test: process . *: learn_temperature: no"),
+        (raise_data_error, 60, "a test: process . *: 3 rows"),
     ],
 )
-def test_a_failure_ends_all_of_them(before, fn, timeout_s, message):
+def test_a_failure_ends_all_of_them(nothing_left, fn, timeout_s, message):
+    expected = {raise_config_error: ConfigError, raise_data_error: DataError}
     with (
-        pytest.raises(DistributedError, match=message),
+        pytest.raises(expected.get(fn, DistributedError), match=message),
         LocalProcesses(2, timeout_s=timeout_s) as group,
     ):
         group.run(fn, what="a test")
-    assert children() == before

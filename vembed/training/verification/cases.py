@@ -29,6 +29,7 @@ class Variation:
 
     Attributes:
         name: As it is shown.
+        meaning: What is different, in a few words.
         setting: The setting to look at first when only this variation fails.
         settings: Laid over those of the run.
         own_dropout: Keep the dropout that the model and its adapters have; otherwise it is off.
@@ -39,6 +40,7 @@ class Variation:
     """
 
     name: str
+    meaning: str
     setting: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     own_dropout: bool = False
@@ -52,16 +54,34 @@ class Variation:
         return "mixed_precision" in self.settings
 
 
-AS_CONFIGURED = Variation("as configured", "model_name", own_dropout=True)
-ACCUMULATION = Variation(
-    "accumulation", "gradient_accumulation_steps", {"gradient_accumulation_steps": 2}
+AS_CONFIGURED = Variation(
+    "as configured", "the settings and the model as they are", "model_name", own_dropout=True
 )
-DROPOUT = Variation("dropout", "use_gradient_cache", own_dropout=True, extra_dropout=0.1)
-LORA = Variation("LoRA", "use_lora", {"use_lora": True})
+ACCUMULATION = Variation(
+    "accumulation",
+    "two micro-batches in one step",
+    "gradient_accumulation_steps",
+    {"gradient_accumulation_steps": 2},
+)
+DROPOUT = Variation(
+    "dropout",
+    "the model's own, and 0.1 after its embedding tables",
+    "use_gradient_cache",
+    own_dropout=True,
+    extra_dropout=0.1,
+)
+LORA = Variation("LoRA", "adapters train, the model does not", "use_lora", {"use_lora": True})
 # bf16 also where fp16 is configured, which CPUs do not have.
-AMP = Variation("AMP (bf16)", "mixed_precision", {"mixed_precision": "bf16"})
-LOSS_SCALING = Variation("loss scaling", "mixed_precision", loss_scale=2.0**16)
-UNEVEN = Variation("uneven last batch", "drop_last", uneven=True)
+AMP = Variation("AMP (bf16)", "mixed precision", "mixed_precision", {"mixed_precision": "bf16"})
+LOSS_SCALING = Variation(
+    "loss scaling",
+    "the loss multiplied by 65536, as for fp16",
+    "mixed_precision",
+    loss_scale=2.0**16,
+)
+UNEVEN = Variation(
+    "uneven last batch", "one row less, so that processes differ", "drop_last", uneven=True
+)
 
 VARIATIONS = (AS_CONFIGURED, ACCUMULATION, DROPOUT, LORA, AMP, LOSS_SCALING, UNEVEN)
 
@@ -85,6 +105,11 @@ class Case:
         """For people: `dropout, cached, 2 processes`."""
         count = "1 process" if self.processes == 1 else f"{self.processes} processes"
         return f"{self.variation.name}, {self.step}, {count}"
+
+    @property
+    def step_name(self) -> str:
+        """The same, shorter, without the variation: `cached x 2`."""
+        return self.step if self.processes == 1 else f"{self.step} x {self.processes}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +153,7 @@ def settings_of(config: TrainConfig, scope: Scope, case: Case) -> TrainConfig:
             "mixed_precision": "no",
             "attn_implementation": None if flash else config.attn_implementation,
             "ddp_static_graph": config.ddp_static_graph and plain,
+            "distributed_strategy": config.distributed_strategy if case.processes > 1 else "ddp",
             "use_gradient_cache": case.step == "cached",
             "gradient_cache_chunk_size": chunk_size(config, scope),
             "gradient_cache_chunk_tokens": None,

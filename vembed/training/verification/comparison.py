@@ -46,7 +46,7 @@ class CaseResult:
         case: What was compared.
         tolerance: Largest difference that passes.
         reference: How the reference was computed: `whole` or `replayed` (see `gradients`).
-        cutting_error: See `gradients.cutting_error`.
+        cutting_error: See `gradients.cutting_error`; None where it is known to be large.
         groups: By name of the group; empty if the case was skipped.
         skipped: Why the case does not apply; None if it does.
     """
@@ -54,7 +54,7 @@ class CaseResult:
     case: Case
     tolerance: float
     reference: str = ""
-    cutting_error: float = 0.0
+    cutting_error: float | None = None
     groups: Mapping[str, GroupDifference] = field(default_factory=dict)
     skipped: str | None = None
 
@@ -90,10 +90,11 @@ def compare(
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys([*expected, *actual]):
         groups.setdefault(group_of(name), []).append(name)
-    largest = max((_largest(tensor) for tensor in expected.values()), default=0.0)
+    largest = {group: _largest_of(expected, names) for group, names in groups.items()}
+    overall = max(largest.values(), default=0.0)
     return {
         group: _compare_group(
-            names, actual, expected, 0.0 if names[0].startswith(_ENCODER) else largest
+            names, actual, expected, largest[group] if names[0].startswith(_ENCODER) else overall
         )
         for group, names in groups.items()
     }
@@ -115,36 +116,43 @@ def _compare_group(
     names: Sequence[str],
     actual: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    smallest_scale: float,
+    scale: float,
 ) -> GroupDifference:
-    dot, actual_square, expected_square, difference, scale = 0.0, 0.0, 0.0, 0.0, smallest_scale
+    dot, actual_square, expected_square, differences = 0.0, 0.0, 0.0, [0.0]
     for name in names:
-        like = expected[name] if name in expected else actual[name]
         a, e = actual.get(name), expected.get(name)
-        a = torch.zeros_like(like) if a is None else a
-        e = torch.zeros_like(like) if e is None else e
-        dot += float((a * e).sum())
-        actual_square += float(a.square().sum())
-        expected_square += float(e.square().sum())
-        difference = _larger(difference, _largest(a - e))
-        scale = _larger(scale, _largest(e))
+        a = torch.zeros_like(expected[name]) if a is None else a
+        e = torch.zeros_like(a) if e is None else e
+        dot += _dot(a, e)
+        actual_square += _dot(a, a)
+        expected_square += _dot(e, e)
+        differences.append(_largest(a - e))
     is_zero = expected_square == 0
     same = is_zero and actual_square == 0
     return GroupDifference(
         ratio=1.0 if same else _over(math.sqrt(actual_square), math.sqrt(expected_square)),
         cosine=1.0 if same else _over(dot, math.sqrt(actual_square * expected_square)),
-        difference=0.0 if same else _over(difference, scale),
+        difference=0.0 if same else _over(_maximum(differences), scale),
         is_zero=is_zero,
     )
 
 
+def _dot(a: Tensor, b: Tensor) -> float:
+    return float(torch.dot(a.flatten(), b.flatten()))
+
+
 def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max()) if tensor.numel() else 0.0
+    """The largest absolute value; NaN if there is one."""
+    return float(torch.linalg.vector_norm(tensor, math.inf)) if tensor.numel() else 0.0
 
 
-def _larger(a: float, b: float) -> float:
-    """The larger one; NaN is larger than any number, which Python's `max` does not say."""
-    return b if b > a or math.isnan(b) else a
+def _largest_of(gradients: Mapping[str, Tensor], names: Sequence[str]) -> float:
+    return _maximum([0.0, *(_largest(gradients[name]) for name in names if name in gradients)])
+
+
+def _maximum(numbers: Sequence[float]) -> float:
+    """NaN if there is one, which Python's `max` does not say."""
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers)
 
 
 def _over(numerator: float, denominator: float) -> float:
@@ -190,7 +198,6 @@ def _explain_factor(result: CaseResult, factor: float, *, by_processes: bool) ->
         by_processes: Whether the number of processes can be to blame.
     """
     case, variation = result.case, result.case.variation
-    shown = f"the gradient of {', '.join(result.failing)} is {factor:.6g} times what it should be"
     only_loss = len(result.failing) < len(result.groups)
     suspects: list[tuple[float, str, str]] = []
     if case.processes > 1 and by_processes:
@@ -203,9 +210,12 @@ def _explain_factor(result: CaseResult, factor: float, *, by_processes: bool) ->
     if variation is LOSS_SCALING and variation.loss_scale is not None:
         why = "the loss scale is applied more or less than once"
         suspects.append((variation.loss_scale, variation.setting, why))
+    groups = ", ".join(result.failing)
     for number, setting, why in suspects:
-        if any(math.isclose(factor, n, rel_tol=_SAME_NUMBER) for n in (number, 1 / number)):
-            return Suspicion(case, setting, f"{shown}: {why}")
+        for times in (number, 1 / number):
+            if math.isclose(factor, times, rel_tol=_SAME_NUMBER):
+                text = f"the gradient of {groups} is {times:.6g} times what it should be: {why}"
+                return Suspicion(case, setting, text)
     return None
 
 

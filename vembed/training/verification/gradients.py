@@ -10,7 +10,7 @@ is simpler and stronger: one forward for all rows of a role.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,14 @@ from vembed.training.data_utils import (
     TEACHER_PREFIX,
     Inputs,
     maybe_first,
+    own_rows,
     row_lengths,
     unpack_extras,
     unpack_roles,
 )
 from vembed.training.gradient_cache import GradientCache
 from vembed.training.objective import Embeddings
+from vembed.training.sharding import whole_tensor
 from vembed.training.trainer import Batch, Trainer
 
 # Of the keys with the prefix, `teacher_scores` are no inputs of a teacher.
@@ -54,6 +56,7 @@ def step_gradients(trainer: Trainer, batches: Sequence[Batch], *, seed: int) -> 
     if scaler is not None:
         # As before clipping; by hand, because Accelerate has no fp16 on a CPU.
         scaler.unscale_(getattr(trainer.optimizer, "optimizer", trainer.optimizer))
+        scaler.update()
     return _take_gradients(trainer)
 
 
@@ -100,7 +103,7 @@ def replayed_gradients(
 def embed_in_chunks(trainer: Trainer, batch: Batch) -> Embeddings:
     """Embeddings by role, each row in the chunk that the Trainer's next step puts it into."""
     inputs = _inputs(trainer, batch)
-    return _in_chunks(trainer, inputs, row_lengths(batch, inputs), _embed)
+    return own_rows(_in_chunks(trainer, inputs, row_lengths(batch, inputs), _embed), batch)
 
 
 def chunks_of(trainer: Trainer) -> GradientCache:
@@ -109,17 +112,33 @@ def chunks_of(trainer: Trainer) -> GradientCache:
 
 
 @torch.no_grad()
-def cutting_error(trainer: Trainer, batch: Batch) -> float:
-    """How much embeddings change when rows are cut and padded otherwise, or drawn anew.
+def cutting_error(
+    trainer: Trainer, batches: Sequence[Batch], partitions: Iterable[Sequence[Sequence[Batch]]]
+) -> float:
+    """How much embeddings change when rows are cut and padded as in a step, or drawn anew.
+
+    Args:
+        trainer: Prepared, on one process. Its encoders and its plan are used.
+        batches: Global micro-batches.
+        partitions: Ways to share them: by process, what it takes of each global one.
 
     Returns:
         The largest difference, of student and teacher, relative to the largest element.
     """
-    whole = [_embed(trainer, rows) for rows in _inputs(trainer, batch).values()]
-    whole += [_teach(trainer, rows) for rows in _taught(trainer, batch).values()]
-    cut = [*embed_in_chunks(trainer, batch).values(), *_teach_in_chunks(trainer, batch).values()]
-    errors = [(c - w).abs().max() / w.abs().max() for c, w in zip(cut, whole, strict=True)]
-    return float(torch.stack(errors).max())
+    cut_by = [list(zip(*shares, strict=True)) for shares in partitions]
+    largest = torch.zeros((), dtype=torch.float64)
+    for number, batch in enumerate(batches):
+        whole = [_embed(trainer, rows) for rows in _inputs(trainer, batch).values()]
+        whole += [_teach(trainer, rows) for rows in _taught(trainer, batch).values()]
+        for partition in cut_by:
+            shares = partition[number]
+            cut = [
+                *_join([embed_in_chunks(trainer, share) for share in shares]).values(),
+                *_join([_teach_in_chunks(trainer, share) for share in shares]).values(),
+            ]
+            errors = [(c - w).abs().max() / w.abs().max() for c, w in zip(cut, whole, strict=True)]
+            largest = torch.stack([largest, *errors]).max()
+    return float(largest)
 
 
 def _inputs(trainer: Trainer, batch: Batch) -> dict[str, Inputs]:
@@ -151,7 +170,8 @@ def _teach(trainer: Trainer, inputs: Inputs) -> Tensor:
 
 def _teach_in_chunks(trainer: Trainer, batch: Batch) -> Embeddings:
     inputs = _taught(trainer, batch)
-    return _in_chunks(trainer, inputs, row_lengths(_of_teacher(batch), inputs), _teach)
+    lengths = row_lengths(_of_teacher(batch), inputs)
+    return own_rows(_in_chunks(trainer, inputs, lengths, _teach), batch)
 
 
 def _in_chunks(
@@ -186,7 +206,7 @@ def _backward(
 
 
 def _take_gradients(trainer: Trainer) -> Gradients:
-    """Copies of all gradients, in float64; the parameters are left without."""
+    """Copies of all gradients, in float64; the parameters are left without. Collective."""
     owners = {
         "encoder": trainer.accelerator.unwrap_model(trainer.model),
         "loss": trainer.criterion,
@@ -198,6 +218,8 @@ def _take_gradients(trainer: Trainer) -> Gradients:
             continue
         for name, parameter in module.named_parameters():
             if parameter.grad is not None:
-                gradients[f"{owner}.{name}"] = parameter.grad.to(torch.float64, copy=True)
+                gradients[f"{owner}.{name}"] = whole_tensor(parameter.grad).to(
+                    torch.float64, copy=True, memory_format=torch.contiguous_format
+                )
                 parameter.grad = None
     return gradients

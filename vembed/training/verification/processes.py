@@ -1,4 +1,4 @@
-"""A group of fresh processes on this machine that call the same function together, when told to."""
+"""A group of processes on this machine that call the same function together, when told to."""
 
 from __future__ import annotations
 
@@ -10,17 +10,54 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
-from types import TracebackType
+from multiprocessing.context import ForkServerContext, SpawnContext
 from typing import Any
 
 from vembed import errors
 from vembed.errors import DistributedError, VembedError
 
-_GRACE_S = 10.0
+_SAFE_PATH = "PYTHONSAFEPATH"
+_IMPORTED_ONCE = ["vembed.training.verification.verify"]
+
+
+def start_importing() -> None:
+    """Load torch for the processes of this machine that will be started, while the caller goes on.
+
+    Optional: `LocalProcesses` does it otherwise. Does nothing where processes cannot share imports.
+    """
+    if _context().get_start_method() != "forkserver":
+        return
+    resource_tracker.ensure_running()  # it would be started below, and unblock signals
+    # Ctrl-C reaches every process of a terminal; this one answers it and ends the others.
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    safe_path = os.environ.get(_SAFE_PATH)
+    # Or a datasets.py that lies in the current folder would be taken for the library.
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
+        if safe_path is None:
+            del os.environ[_SAFE_PATH]
+        else:
+            os.environ[_SAFE_PATH] = safe_path
+
+
+def _context() -> ForkServerContext | SpawnContext:
+    """Processes are forked by one that has done nothing but imports, which take seconds.
+
+    To fork this one would be unsafe beside its threads and CUDA; fresh ones would each import.
+    """
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED_ONCE)
+    return context
 
 
 @dataclass(frozen=True)
@@ -34,24 +71,26 @@ class _Failure:
 class LocalProcesses:
     """Processes of one gloo group, on the CPU. As a context manager it leaves none behind."""
 
-    def __init__(self, count: int, *, timeout_s: float = 600.0) -> None:
-        """Start them; they load torch while the caller goes on.
+    def __init__(self, count: int, *, threads: int = 1, timeout_s: float = 600.0) -> None:
+        """Start them.
 
         Args:
             count: How many.
+            threads: That each computes with.
             timeout_s: How long one call may take.
         """
         self._timeout_s = timeout_s
         # They meet in a file: no port to lose to another program.
         self._meeting = tempfile.TemporaryDirectory(prefix="vembed-verify-")
-        context = multiprocessing.get_context("spawn")
+        start_importing()
+        context = _context()
         self._processes, self._pipes = [], []
         for rank in range(count):
             own_end, child_end = context.Pipe()
             meeting = f"file://{self._meeting.name}/group"
             process = context.Process(
                 target=_serve,
-                args=(child_end, _environment(rank, count), meeting, timeout_s),
+                args=(child_end, _environment(rank, count, threads), meeting, timeout_s),
                 daemon=True,
             )
             process.start()
@@ -62,55 +101,60 @@ class LocalProcesses:
     def __enter__(self) -> LocalProcesses:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            for pipe in self._pipes:
-                pipe.send(None)
-            for process in self._processes:
-                process.join(_GRACE_S)
+    def __exit__(self, *_error: object) -> None:
         for process in self._processes:
             process.kill()
             process.join()
         self._meeting.cleanup()
 
-    def run(self, fn: Callable[..., Any], *args: Any, what: str) -> list[Any]:
-        """Call `fn(*args)` on every process. After an error the group is of no further use.
+    def start(self, fn: Callable[..., Any], *args: Any, what: str) -> Call:
+        """Have `fn(*args)` called on every process, while the caller goes on. One call at a time.
 
         Args:
             fn: A function at the top level of a module; results and arguments travel by pickle.
             *args: Its arguments, the same for every process.
             what: What is being done, for messages.
+        """
+        for pipe in self._pipes:
+            pipe.send((fn, args))
+        return Call(self._pipes, what, self._timeout_s)
 
-        Returns:
-            The results, by process.
+    def run(self, fn: Callable[..., Any], *args: Any, what: str) -> list[Any]:
+        """Start it and wait; see `start` and `Call.results`."""
+        return self.start(fn, *args, what=what).results()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function that runs on every process of a group."""
+
+    pipes: Sequence[Connection]
+    what: str
+    timeout_s: float
+
+    def results(self) -> list[Any]:
+        """Wait for what each process returned. After an error the group is of no further use.
 
         Raises:
             VembedError: of the same kind, if one was raised there.
             DistributedError: if a process failed otherwise, died, or took too long.
         """
-        for pipe in self._pipes:
-            pipe.send((fn, args))
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         results: dict[int, Any] = {}
-        deadline = time.monotonic() + self._timeout_s
-        while len(results) < len(self._pipes):
-            waiting = [rank for rank in range(len(self._pipes)) if rank not in results]
-            left_s = max(0.0, deadline - time.monotonic())
-            ready = wait([self._pipes[rank] for rank in waiting], left_s)
+        deadline = time.monotonic() + self.timeout_s
+        while waiting:
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise DistributedError(
-                    f"{what}: process {', '.join(map(str, waiting))} did not finish within "
-                    f"{self._timeout_s:g} s. A collective that some processes call and others do "
-                    "not, as in a loss that gathers only sometimes, waits forever"
+                    f"{self.what}: process {', '.join(map(str, waiting.values()))} did not finish "
+                    f"within {self.timeout_s:g} s. A collective that some processes call and "
+                    "others do not, as in a loss that gathers only sometimes, waits forever"
                 )
-            for rank in waiting:
-                if self._pipes[rank] in ready:
-                    results[rank] = _receive(self._pipes[rank], rank, what)
-        return [results[rank] for rank in range(len(self._pipes))]
+            for pipe in self.pipes:
+                if pipe in ready:
+                    rank = waiting.pop(pipe)
+                    results[rank] = _receive(pipe, rank, self.what)
+        return [results[rank] for rank in range(len(self.pipes))]
 
 
 def _receive(pipe: Connection, rank: int, what: str) -> Any:
@@ -125,9 +169,9 @@ def _receive(pipe: Connection, rank: int, what: str) -> Any:
     raise getattr(errors, outcome.kind)(f"{what}: process {rank}: {outcome.text}")
 
 
-def _environment(rank: int, count: int) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // count)
+def _environment(rank: int, count: int, threads: int) -> dict[str, str]:
     return {
+        **os.environ,
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(count),
@@ -135,7 +179,7 @@ def _environment(rank: int, count: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",  # launchers' readers require one; the group needs none
         "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+        "OMP_NUM_THREADS": str(threads),
         **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
     }
 
@@ -143,9 +187,11 @@ def _environment(rank: int, count: int) -> dict[str, str]:
 def _serve(pipe: Connection, environment: dict[str, str], meeting: str, timeout_s: float) -> None:
     """What a process does: take a function, call it, send back what it returned, and again."""
     os.environ.update(environment)
-    # Ctrl-C reaches every process of the terminal; the parent answers it, and ends the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in `start_importing`
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if sys.platform == "linux":
+        # Of its locks, such as tqdm's, nothing is left when a process is killed.
+        multiprocessing.set_start_method("fork", force=True)
     import torch
     import torch.distributed as dist
 
@@ -158,8 +204,11 @@ def _serve(pipe: Connection, environment: dict[str, str], meeting: str, timeout_
         # The parent's own limit shall end a call first, because it can say which.
         timeout=timedelta(seconds=2 * timeout_s),
     )
-    while (call := pipe.recv()) is not None:
-        fn, args = call
+    while True:
+        try:
+            fn, args = pipe.recv()
+        except EOFError:
+            return
         try:
             outcome = fn(*args)
         except VembedError as error:
@@ -167,7 +216,6 @@ def _serve(pipe: Connection, environment: dict[str, str], meeting: str, timeout_
         except Exception:
             outcome = _Failure(None, traceback.format_exc())
         pipe.send(outcome)
-    dist.destroy_process_group()
 
 
 def _kind(error: VembedError) -> str:

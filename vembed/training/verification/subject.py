@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vembed.config import TrainConfig
-from vembed.data import Record, RecordDataset, StatelessBatchSampler
+from vembed.data import Record, RecordDataset, StatelessBatchSampler, collate_share
 from vembed.data.sampler import own_share
-from vembed.errors import ConfigError, DataError
+from vembed.errors import ConfigError
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.run import build_accelerator, build_trainer, check_mode
 from vembed.training.run_data import Rows, RunData, build_collator, load_rows
@@ -54,17 +54,14 @@ class Subject:
         """The first `count` global micro-batches, as the variation has them.
 
         Raises:
-            DoesNotApplyError: if without a row there are too few for the processes.
+            DoesNotApplyError: if without a row there is none.
         """
         chosen = self.micro_batches[:count]
         if not variation.uneven:
             return chosen
         last = chosen[-1][:-1]
-        if len(last) < self.scope.processes:
-            raise DoesNotApplyError(
-                f"without one of {len(chosen[-1])} rows there is none for one of the "
-                f"{self.scope.processes} processes"
-            )
+        if not last:
+            raise DoesNotApplyError("without one of 1 rows there is none")
         return [*chosen[:-1], last]
 
 
@@ -81,7 +78,7 @@ class Prepared:
 
     trainer: Trainer
     records: list[list[Record]]
-    collate: Callable[[list[Record]], Batch]
+    collate: Callable[[list[Record]], dict[str, Any]]
     seed: int
 
     def whole(self) -> list[Batch]:
@@ -91,7 +88,9 @@ class Prepared:
     def shares(self, process_index: int, process_count: int) -> list[Batch]:
         """What one of several processes takes of each global micro-batch."""
         return [
-            self.collate(own_share(records, process_index, process_count))
+            collate_share(
+                self.collate, own_share(records, process_index, process_count), records[0]
+            )
             for records in self.records
         ]
 
@@ -100,7 +99,7 @@ def load_subject(config: TrainConfig, scope: Scope) -> Subject:
     """Read the rows.
 
     Raises:
-        DataError: if a row cannot be used, or there are too few.
+        DataError: if there are no rows, or one cannot be used.
     """
     rows = load_rows(config, config.data_path, streaming=config.streaming)
     size = scope.pairs * scope.processes
@@ -111,11 +110,6 @@ def load_subject(config: TrainConfig, scope: Scope) -> Subject:
         stream = iter(rows)
         micro_batches = [list(islice(stream, size)) for _ in range(2)]
     first, second = [*micro_batches, []][:2]
-    if len(first) < scope.processes:
-        raise DataError(
-            f"{config.data_path}: {len(first)} rows cannot be shared among {scope.processes} "
-            "processes. Add rows, or verify on fewer processes"
-        )
     # Of few rows, the second micro-batch is the first one the other way round.
     return Subject(config, scope, rows, [first, second if len(second) == size else first[::-1]])
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -32,7 +32,6 @@ from vembed.training.verification.cases import (
 )
 from vembed.training.verification.comparison import (
     CaseResult,
-    GroupDifference,
     Suspicion,
     compare,
     explain,
@@ -47,7 +46,6 @@ from vembed.training.verification.gradients import (
 from vembed.training.verification.processes import LocalProcesses
 from vembed.training.verification.subject import (
     DoesNotApplyError,
-    Prepared,
     Subject,
     load_subject,
     prepare,
@@ -104,15 +102,17 @@ def verify_gradients(
 
     Raises:
         ConfigError: if settings cannot work, or this process was started by a launcher.
-        DataError: if a row cannot be used, or there are too few.
+        DataError: if there are no rows, or one cannot be used.
         DistributedError: if a process fails or does not come to an end.
     """
     config = TrainConfig.coerce(config)
     raise_problems(config)
     scope = _scope(config, processes, precision, pairs)
+    if processes == 1:
+        return verify_on(None, config, scope, on_case=on_case)
     with (
-        _share_of_threads(processes),
-        LocalProcesses(processes) if processes > 1 else nullcontext() as group,
+        _share_of_threads(processes + 1) as threads,
+        LocalProcesses(processes, threads=threads) as group,
     ):
         return verify_on(group, config, scope, on_case=on_case)
 
@@ -130,13 +130,13 @@ def verify_on(
     if group is not None:
         group.run(_load, config, scope, what="reading the rows")
     results: list[CaseResult] = []
-    with tempfile.TemporaryDirectory(prefix="vembed-verify-") as folder:
+    with tempfile.TemporaryDirectory(prefix="vembed-verify-") as folder, _frozen_heap():
         for variation in variations:
-            for step in get_args(Step):
-                found = _verify_step(subject, variation, step, group, Path(folder))
-                results += found
-                for result in found:
-                    on_case(result)
+            for result in _verify_variation(subject, variation, group, Path(folder)):
+                results.append(result)
+                on_case(result)
+            # A Trainer and its Accelerator refer to each other, and a model is large.
+            gc.collect()
     return Verification(scope, _facts(config, scope, results), results, explain(results))
 
 
@@ -148,17 +148,31 @@ def quiet() -> None:
 
 
 @contextmanager
-def _share_of_threads(processes: int) -> Iterator[None]:
-    """As many threads here as each of the processes has.
+def _share_of_threads(parts: int) -> Iterator[int]:
+    """Leave threads to the others that compute at the same time; gives how many each may have.
 
-    More than there are free cores would wait for each other in a loop, and take many times longer.
+    More than there are cores would wait for each other in a loop, and take many times longer.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // processes))
+    share = max(1, before // parts)
+    torch.set_num_threads(share)
+    try:
+        yield share
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _frozen_heap() -> Iterator[None]:
+    """Let the garbage collector look only at what is made from now on, after each case.
+
+    The objects of torch and transformers alone cost it longer than a step of a small model.
+    """
+    gc.freeze()
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        gc.unfreeze()
 
 
 def _scope(config: TrainConfig, processes: int, precision: Precision, pairs: int | None) -> Scope:
@@ -177,50 +191,48 @@ def _scope(config: TrainConfig, processes: int, precision: Precision, pairs: int
     return Scope(processes, precision, pairs or min(config.batch_size, MAX_PAIRS))
 
 
-def _verify_step(
-    subject: Subject,
-    variation: Variation,
-    step: Step,
-    group: LocalProcesses | None,
-    folder: Path,
-) -> list[CaseResult]:
-    """The cases of one process and of several."""
+def _verify_variation(
+    subject: Subject, variation: Variation, group: LocalProcesses | None, folder: Path
+) -> Iterator[CaseResult]:
     scope = subject.scope
-    cases = [Case(variation, step, processes) for processes in sorted({1, scope.processes})]
+    counts = (1,) if group is None else (1, scope.processes)
     tolerance = scope.tolerance(variation)
     try:
-        prepared = prepare(subject, cases[0])
+        prepared = prepare(subject, Case(variation, "plain", 1))
     except DoesNotApplyError as reason:
-        return [CaseResult(case, tolerance, skipped=str(reason)) for case in cases]
-    error = cutting_error(prepared.trainer, prepared.whole()[0])
-    # Under autocast a forward of other rows rounds otherwise, although it may be by little.
-    exact = not variation.autocast and error <= _CUTTING_SHARE * tolerance
-    kind = "whole" if exact else "replayed"
-    path = folder / "reference.safetensors"
-    results = []
-    reference: Gradients = {}
-    for case in cases:
-        if not reference or kind == "replayed":
-            reference = _reference(prepared, kind, case.processes)
-        if group is None or case.processes == 1:
-            actual = step_gradients(prepared.trainer, prepared.whole(), seed=prepared.seed)
-            groups = compare(actual, reference)
-        else:
-            save_file(reference, path)
-            groups = group.run(_measure, case, str(path), what=case.name)[0]
-        results.append(CaseResult(case, tolerance, kind, error, groups))
-    del prepared
-    # A Trainer and its Accelerator refer to each other, and a model is large.
-    gc.collect()
-    return results
-
-
-def _reference(prepared: Prepared, kind: str, processes: int) -> Gradients:
-    batches = prepared.whole()
-    if kind == "whole":
-        return whole_batch_gradients(prepared.trainer, batches)
-    shares = [prepared.shares(process, processes) for process in range(processes)]
-    return replayed_gradients(prepared.trainer, batches, shares, seed=prepared.seed)
+        for step in get_args(Step):
+            for count in counts:
+                yield CaseResult(Case(variation, step, count), tolerance, skipped=str(reason))
+        return
+    trainer, batches = prepared.trainer, prepared.whole()
+    shares = {count: [prepared.shares(p, count) for p in range(count)] for count in counts}
+    path = folder / "gradients.safetensors"
+    whole: Gradients = {}
+    for step in get_args(Step):
+        cases = [Case(variation, step, count) for count in counts]
+        # The others compute while this process computes what they should find.
+        several = cases[-1]
+        call = group.start(_measure, several, path, what=several.name) if group else None
+        trainer.config.use_gradient_cache = step == "cached"
+        error = None
+        # Under autocast a forward of other rows rounds otherwise, although it may be by little.
+        if not (variation.autocast or variation.extra_dropout):
+            error = cutting_error(trainer, batches, shares.values())
+        exact = error is not None and error <= _CUTTING_SHARE * tolerance
+        if exact and not whole:
+            whole = whole_batch_gradients(trainer, batches)
+        for case in cases:
+            expected = whole
+            if not exact:
+                of_processes = shares[case.processes]
+                expected = replayed_gradients(trainer, batches, of_processes, seed=prepared.seed)
+            if call is None or case.processes == 1:
+                actual = step_gradients(trainer, batches, seed=prepared.seed)
+            else:
+                call.results()
+                actual = load_file(path)
+            kind = "whole" if exact else "replayed"
+            yield CaseResult(case, tolerance, kind, error, compare(actual, expected))
 
 
 _loaded: list[Subject] = []
@@ -230,38 +242,39 @@ _loaded: list[Subject] = []
 def _load(config: TrainConfig, scope: Scope) -> None:
     quiet()
     _loaded[:] = [load_subject(config, scope)]
+    gc.freeze()
 
 
-def _measure(case: Case, reference: str) -> dict[str, GroupDifference] | None:
-    """One process's part of a case; the first one compares."""
+def _measure(case: Case, path: Path) -> None:
+    """One process's part of a case; the first one writes the gradients, which are all the same."""
     prepared = prepare(_loaded[0], case)
     accelerator = prepared.trainer.accelerator
     own = prepared.shares(accelerator.process_index, accelerator.num_processes)
     actual = step_gradients(prepared.trainer, own, seed=prepared.seed)
+    if accelerator.is_main_process:
+        save_file(actual, path)
     del prepared
     gc.collect()
-    return compare(actual, load_file(reference)) if accelerator.is_main_process else None
 
 
 def _facts(config: TrainConfig, scope: Scope, results: Sequence[CaseResult]) -> dict[str, str]:
     compared = [result for result in results if result.skipped is None]
-    whole = sum(result.reference == "whole" for result in compared)
-    calm = (r.cutting_error for r in compared if not _is_random(r.case.variation))
+    replayed = sum(result.reference == "replayed" for result in compared)
+    calm = (r.cutting_error or 0.0 for r in compared if not r.case.variation.own_dropout)
     error = max(calm, default=0.0)
     leak = ": does padding reach them?" if error > _SUSPICIOUS_CUTTING_ERROR else ""
-    amp = ", for AMP to float32" if scope.precision == "float64" else ""
+    how = f"gloo, {config.distributed_strategy}"
+    several = f" and on {scope.processes} processes ({how})" if scope.processes > 1 else ""
+    for_amp = ", for AMP float32" if scope.precision == "float64" else ""
     return {
-        "weights": f"converted to {scope.precision}{amp}",
-        "rows": f"{scope.pairs} per process and micro-batch (batch_size: {config.batch_size}), on "
-        f"{scope.processes} {'processes (gloo, CPU)' if scope.processes > 1 else 'process (CPU)'}",
-        "cached": f"chunks of {chunk_size(config, scope)} items; the first one's activations kept, "
-        "the others encoded again",
-        "reference": f"{whole} of {len(compared)} cases: one forward for all rows of a role; the "
-        "others: the chunks and random numbers of the step, in one graph",
-        "cutting": f"without dropout, cutting and padding rows otherwise changes embeddings by "
-        f"{error:.0e}{leak}",
+        "model": f"{config.model_name}, loss_type {config.loss_type}",
+        "rows": f"{scope.pairs} per process and micro-batch (batch_size: {config.batch_size}), "
+        "the first ones of a run",
+        "precision": f"{scope.precision}{for_amp}",
+        "steps": f"plain and cached (chunks of {chunk_size(config, scope)} items, all but the "
+        f"first encoded twice), on one process{several}, on the CPU",
+        "reference": "one process, one graph of all rows; "
+        f"in {replayed} of {len(compared)} cases with the chunks and dropout masks of the step",
+        "embeddings": f"change by {error:.0e} when rows are cut and padded otherwise, without "
+        f"dropout{leak}",
     }
-
-
-def _is_random(variation: Variation) -> bool:
-    return variation.own_dropout or variation.autocast
