@@ -1,6 +1,7 @@
 """`vembed verify gradients`, as a user types it."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -100,6 +101,12 @@ def test_mistakes(settings, capsys, arguments, message):
     assert shown.out == ""
 
 
+def test_it_leaves_logging_as_it_was(settings, capsys):
+    before = logging.getLogger("vembed").level
+    assert main(["verify", "gradients", *settings, "--processes", "1", "--pairs", "2"]) == 0
+    assert logging.getLogger("vembed").level == before
+
+
 def test_help(capsys):
     assert main(["verify", "gradients", "--help"]) == 0
     shown = capsys.readouterr().out
@@ -126,6 +133,8 @@ def test_nothing_is_left_behind_when_it_is_interrupted(settings, tmp_path, ended
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that starts the tests in the background has them ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     started = wait_for(lambda: psutil.Process(program.pid).children(recursive=True), while_running)
     if ended_by == signal.SIGINT:

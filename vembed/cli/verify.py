@@ -81,14 +81,14 @@ def _verify(config: TrainConfig, arguments: argparse.Namespace) -> Verification:
         # After the settings are checked, because it imports torch.
         from vembed.training.verification.verify import quiet, verify_gradients
 
-        quiet()
-        return verify_gradients(
-            config,
-            processes=arguments.processes,
-            precision=arguments.precision,
-            pairs=arguments.pairs,
-            on_case=on_case,
-        )
+        with quiet():
+            return verify_gradients(
+                config,
+                processes=arguments.processes,
+                precision=arguments.precision,
+                pairs=arguments.pairs,
+                on_case=on_case,
+            )
 
 
 @contextmanager

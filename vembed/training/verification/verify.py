@@ -140,8 +140,21 @@ def verify_on(
     return Verification(scope, _facts(config, scope, results), results, explain(results))
 
 
-def quiet() -> None:
-    """Silence what libraries, and advice on training, say each time that a model is built."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, silence what libraries, and advice on training, say whenever a model is built."""
+    logger = logging.getLogger("vembed")
+    level = logger.level
+    with warnings.catch_warnings():
+        _silence()
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _silence() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("vembed").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
@@ -240,7 +253,7 @@ _loaded: list[Subject] = []
 
 
 def _load(config: TrainConfig, scope: Scope) -> None:
-    quiet()
+    _silence()
     _loaded[:] = [load_subject(config, scope)]
     gc.freeze()
 
