@@ -115,6 +115,15 @@ def test_help(capsys):
     assert main(["verify"]) == 2
 
 
+@pytest.fixture
+def answers_ctrl_c():
+    """Programs that are started here do, also where a shell has the tests themselves ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("answers_ctrl_c")
 @pytest.mark.parametrize(
     ("ended_by", "while_running"),
     # A resource tracker and a process that imports; later, two more.
@@ -133,8 +142,6 @@ def test_nothing_is_left_behind_when_it_is_interrupted(settings, tmp_path, ended
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-        # A shell that starts the tests in the background has them ignore it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     started = wait_for(lambda: psutil.Process(program.pid).children(recursive=True), while_running)
     if ended_by == signal.SIGINT:
