@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import string
 from collections.abc import Iterable, Mapping
@@ -152,6 +153,311 @@ def tiny_qwen3(
     return _save(path, model, Qwen3Config(**settings), tokenizer, seed)
 
 
+def tiny_clip(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A CLIPModel (16 patches of 8 x 8 pixels, 40 tokens), its tokenizer and image processor."""
+    from transformers import CLIPConfig, CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = wordpiece_tokenizer(token_type_ids=False, max_length=40)
+    settings = {
+        "text_config": {**_TOWER, **_special_tokens(tokenizer), "projection_dim": 16},
+        "vision_config": {**_TOWER, **_PATCHES, "projection_dim": 16},
+        "projection_dim": 16,
+        "initializer_factor": 4.0,
+        **config,
+    }
+    images = CLIPImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    return _save(path, CLIPModel, CLIPConfig(**settings), tokenizer, seed, images=images)
+
+
+def tiny_siglip(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A SiglipModel, which pads every text to 24 tokens, its tokenizer and image processor."""
+    from transformers import SiglipConfig, SiglipModel
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    tokenizer = wordpiece_tokenizer(token_type_ids=False, max_length=24)
+    settings = {
+        "text_config": {**_TOWER, **_special_tokens(tokenizer), "max_position_embeddings": 24},
+        "vision_config": {**_TOWER, **_PATCHES},
+        **config,
+    }
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    return _save(path, SiglipModel, SiglipConfig(**settings), tokenizer, seed, images=images)
+
+
+def tiny_siglip2(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A Siglip2Model, which cuts an image of any shape into at most 16 patches of 8 x 8 pixels."""
+    from transformers import Siglip2Config, Siglip2Model
+    from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
+
+    tokenizer = wordpiece_tokenizer(token_type_ids=False, max_length=24)
+    settings = {
+        "text_config": {**_TOWER, **_special_tokens(tokenizer), "max_position_embeddings": 24},
+        "vision_config": {**_TOWER, "patch_size": 8, "num_patches": 16},
+        **config,
+    }
+    images = Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    return _save(path, Siglip2Model, Siglip2Config(**settings), tokenizer, seed, images=images)
+
+
+def tiny_vit(path: str | Path, *, pooler: bool = True, seed: int = 0, **config: Any) -> Path:
+    """A ViTModel of 16 patches, with or without the head that it was pre-trained with."""
+    from transformers import ViTConfig, ViTModel
+
+    settings = {**_TOWER, **_PATCHES, **_WIDE_INIT, **config}
+    build = functools.partial(ViTModel, add_pooling_layer=pooler)
+    return _save(path, build, ViTConfig(**settings), None, seed, images=_vit_images())
+
+
+def tiny_dinov2(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A Dinov2Model of 16 patches; images are resized and then cropped."""
+    from transformers import Dinov2Config, Dinov2Model
+    from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+
+    settings = {**_TOWER, **_PATCHES, **_WIDE_INIT, **config}
+    images = BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    return _save(path, Dinov2Model, Dinov2Config(**settings), None, seed, images=images)
+
+
+def tiny_dinov2_with_registers(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A Dinov2WithRegistersModel of 16 patches and 4 registers."""
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+    settings = Dinov2WithRegistersConfig(**{**_TOWER, **_PATCHES, **_WIDE_INIT, **config})
+    return _save(path, Dinov2WithRegistersModel, settings, None, seed, images=_vit_images())
+
+
+def tiny_dinov3(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A DINOv3ViTModel of 16 patches and 4 registers, with ViT's image processor.
+
+    Its own image processor needs torchvision. Positions are not stretched at random in training, as
+    published ones are.
+    """
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    settings = {
+        **_TOWER,
+        **_PATCHES,
+        **_WIDE_INIT,
+        "num_register_tokens": 4,
+        "pos_embed_rescale": None,
+        **config,
+    }
+    return _save(
+        path, DINOv3ViTModel, DINOv3ViTConfig(**settings), None, seed, images=_vit_images()
+    )
+
+
+def tiny_mae(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A ViTMAEForPreTraining of 16 patches, three quarters of which it hides by its config."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    settings = {
+        **_TOWER, **_PATCHES, **_WIDE_INIT,
+        "decoder_hidden_size": 16, "decoder_num_hidden_layers": 1,
+        "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32, **config,
+    }  # fmt: skip
+    model = ViTMAEForPreTraining
+    return _save(path, model, ViTMAEConfig(**settings), None, seed, images=_vit_images())
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""How Qwen-VL renders a conversation."""
+
+
+def tiny_qwen2_vl(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A Qwen2VLForConditionalGeneration: 4 x 4 pixel patches, merged 2 x 2 to a token."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2}
+    return _qwen_vl(
+        path,
+        Qwen2VLForConditionalGeneration,
+        Qwen2VLConfig,
+        vision=vision,
+        sections=[1, 1, 2],
+        seed=seed,
+        config=config,
+    )
+
+
+def tiny_qwen2_5_vl(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A Qwen2_5_VLForConditionalGeneration with a layer of windowed attention."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {
+        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2,
+        "intermediate_size": 64, "window_size": 16, "fullatt_block_indexes": [1],
+    }  # fmt: skip
+    return _qwen_vl(
+        path,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLConfig,
+        vision=vision,
+        sections=[1, 1, 2],
+        seed=seed,
+        config=config,
+    )
+
+
+def tiny_qwen3_vl(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A Qwen3VLForConditionalGeneration, one of whose vision layers feeds the text model."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    vision = {
+        "depth": 2, "hidden_size": 32, "out_hidden_size": 32, "num_heads": 2,
+        "intermediate_size": 64, "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    return _qwen_vl(
+        path,
+        Qwen3VLForConditionalGeneration,
+        Qwen3VLConfig,
+        vision=vision,
+        sections=[2, 1, 1],
+        seed=seed,
+        config=config,
+    )
+
+
+def tiny_llava(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
+    """A LlavaForConditionalGeneration: a CLIP tower, whose last layer is not used, and a Llama.
+
+    Its processor is read by AutoProcessor.
+    """
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = chat_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    text = {**_TOWER, **_special_tokens(tokenizer), **_WIDE_INIT, "max_position_embeddings": 256}
+    vision = {**_TOWER, **_PATCHES, "model_type": "clip_vision_model", "initializer_factor": 4.0}
+    settings = {
+        "text_config": {"model_type": "llama", **text},
+        "vision_config": vision,
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_seq_length": 16,
+        **_WIDE_INIT,
+        **config,
+    }
+    edges = {"height": 32, "width": 32}
+    processor = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=edges),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE.replace(
+            "<|vision_start|><|image_pad|><|vision_end|>", "<image>\n"
+        ),
+    )
+    model = LlavaForConditionalGeneration
+    return _save(path, model, LlavaConfig(**settings), processor, seed)
+
+
+def _qwen_vl(
+    path: str | Path,
+    model_class: Any,
+    config_class: Any,
+    *,
+    vision: dict[str, Any],
+    sections: list[int],
+    seed: int,
+    config: dict[str, Any],
+) -> Path:
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tokenizer = chat_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids
+    text = {
+        **_TOWER, **_special_tokens(tokenizer), **_WIDE_INIT,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
+    }  # fmt: skip
+    if config_class.__name__ != "Qwen3VLConfig":
+        del text["head_dim"]
+    settings = {
+        "text_config": text,
+        "vision_config": {"patch_size": 4, **vision, **_WIDE_INIT},
+        "image_token_id": ids("<|image_pad|>"),
+        "video_token_id": ids("<|video_pad|>"),
+        "vision_start_token_id": ids("<|vision_start|>"),
+        "vision_end_token_id": ids("<|vision_end|>"),
+        **config,
+    }
+    images = Qwen2VLImageProcessorPil(
+        patch_size=4, merge_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 24 * 24}
+    )
+    return _save(path, model_class, config_class(**settings), tokenizer, seed, images=images)
+
+
+def chat_tokenizer(*, padding_side: str = "left") -> Any:
+    """A byte-level tokenizer with the tokens and the chat template of Qwen-VL."""
+    tokenizer = byte_level_tokenizer(append_eos=False, padding_side=padding_side, max_length=256)
+    special = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special, "<|video_pad|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_composed(
+    path: str | Path, *, text: str | Path | None = None, image: str | Path | None = None
+) -> Path:
+    """A text and an image encoder put together: a BERT and a ViT, or those in two folders.
+
+    The BERT has no dropout.
+    """
+    import torch
+
+    from vembed.models import compose_encoder
+
+    path = Path(path)
+    if text is None:
+        quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        text = tiny_bert(path.with_name(f"{path.name}-text"), **quiet)
+    image = tiny_vit(path.with_name(f"{path.name}-image")) if image is None else image
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = compose_encoder(
+            text_model_name=str(text), image_model_name=str(image), projection_dim=16
+        )
+    encoder.save_pretrained(path)
+    return path
+
+
+def tiny_images(count: int = 4) -> list[Any]:
+    """Pictures as `ImageBytes`, of several shapes and no two alike."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from vembed.images import ImageBytes
+
+    images = []
+    for number in range(count):
+        height, width = 20 + 12 * (number % 3), 44 - 20 * (number % 2)
+        rows, columns = np.mgrid[:height, :width]
+        waves = [
+            np.sin(rows / (2 + number) + shift) + np.cos(columns / (3 + shift) + number)
+            for shift in range(3)
+        ]
+        pixels = np.stack(waves, axis=-1) * 60 + 128
+        file = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(file, format="PNG")
+        images.append(ImageBytes(file.getvalue()))
+    return images
+
+
 def tiny_sentence_transformer(
     path: str | Path,
     *,
@@ -204,7 +510,7 @@ def tiny_sentence_transformer(
     return path
 
 
-def wordpiece_tokenizer(*, token_type_ids: bool = True) -> Any:
+def wordpiece_tokenizer(*, token_type_ids: bool = True, max_length: int = 128) -> Any:
     """A lower-casing WordPiece tokenizer: English letters, digits, punctuation and `WORDS`."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -230,12 +536,14 @@ def wordpiece_tokenizer(*, token_type_ids: bool = True) -> Any:
         cls_token="[CLS]",
         sep_token="[SEP]",
         mask_token="[MASK]",
-        model_max_length=128,
+        model_max_length=max_length,
         model_input_names=names,
     )
 
 
-def byte_level_tokenizer(*, append_eos: bool = True, padding_side: str = "left") -> Any:
+def byte_level_tokenizer(
+    *, append_eos: bool = True, padding_side: str = "left", max_length: int = 128
+) -> Any:
     """A byte-level BPE tokenizer: every byte a token, no merges, pad and EOS two tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -257,7 +565,7 @@ def byte_level_tokenizer(*, append_eos: bool = True, padding_side: str = "left")
         eos_token=eos,
         pad_token=pad,
         padding_side=padding_side,
-        model_max_length=128,
+        model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
     )
 
@@ -292,12 +600,46 @@ def write_beir(folder: str | Path) -> Path:
     return folder
 
 
+_TOWER = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+_PATCHES = {"image_size": 32, "patch_size": 8}
+
+
+def _vit_images() -> Any:
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": 32, "width": 32})
+
+
+def _special_tokens(tokenizer: Any) -> dict[str, int]:
+    """What a text config must know of a tokenizer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+    }
+
+
 # transformers' usual 0.02 leaves a tiny model almost linear: attention must matter for a masking
 # bug to show.
 _WIDE_INIT = {"initializer_range": 0.2}
 
 
-def _save(path: str | Path, model_class: Any, config: Any, tokenizer: Any, seed: int) -> Path:
+def _save(
+    path: str | Path,
+    model_class: Any,
+    config: Any,
+    tokenizer: Any,
+    seed: int,
+    *,
+    images: Any = None,
+) -> Path:
     import torch
 
     path = Path(path)
@@ -305,5 +647,7 @@ def _save(path: str | Path, model_class: Any, config: Any, tokenizer: Any, seed:
         torch.manual_seed(seed)
         model = model_class(config)
     model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    for processor in (tokenizer, images):
+        if processor is not None:
+            processor.save_pretrained(path)
     return path

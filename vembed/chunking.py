@@ -11,6 +11,19 @@ from torch import Tensor
 
 DEFAULT_CHUNK_TOKENS = 4096
 
+IMAGE_INPUTS = frozenset(
+    {
+        "pixel_values",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "image_grid_thw",
+        "image_sizes",
+    }
+)
+"""Model inputs that are about images; all others are about tokens."""
+
+_PIXELS_PER_TOKEN = 16 * 16
+
 _OVERHEAD_TOKENS = {"cpu": 64}
 _ACCELERATOR_OVERHEAD_TOKENS = 2048
 
@@ -93,6 +106,32 @@ def _cheapest_groups(
     return groups[::-1]
 
 
+def count_rows(inputs: Mapping[str, Tensor]) -> int:
+    """Items that model inputs hold."""
+    # The patches of all images lie in one tensor, whose length says nothing about items.
+    told = next((inputs[name] for name in ("input_ids", "image_grid_thw") if name in inputs), None)
+    return len(next(iter(inputs.values())) if told is None else told)
+
+
+def count_tokens(inputs: Mapping[str, Tensor]) -> list[int]:
+    """What each item costs to encode: its real tokens, and those of its image.
+
+    An image in a tensor of its own counts one token for each 16 x 16 pixels, or its patches where
+    it comes cut up; images that are tokens of the text's sequence are counted there.
+    """
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return [padded_length(inputs)] * count_rows(inputs)
+    image = _image_tokens(inputs)
+    return [int(count) + image for count in mask.sum(1).tolist()]
+
+
+def padded_length(inputs: Mapping[str, Tensor]) -> int:
+    """What each item costs with its padding, in the tokens of `count_tokens`."""
+    tokens = inputs.get("attention_mask", inputs.get("input_ids"))
+    return max((0 if tokens is None else tokens.shape[1]) + _image_tokens(inputs), 1)
+
+
 def take_rows(
     inputs: Mapping[str, Tensor], rows: Sequence[int], longest: int | None = None
 ) -> dict[str, Tensor]:
@@ -100,23 +139,58 @@ def take_rows(
 
     Args:
         inputs: Tensors of shape `[B, T]` or `[B, ...]`, with `attention_mask` `[B, T]` when
-            sequences are padded.
+            sequences are padded. With `image_grid_thw` `[B, 3]`, the grid of patches of each item's
+            image, `pixel_values` are the patches of all images, one image after the other.
         rows: Row numbers.
-        longest: Tokens of the longest of these rows, when known; spares a look at the mask.
+        longest: Tokens of the longest of these rows, when known; spares a look at the mask, which
+            on an accelerator means to wait for it.
     """
-    mask = inputs.get("attention_mask")
     index = torch.as_tensor(rows, device=next(iter(inputs.values())).device)
-    picked = {name: tensor.index_select(0, index) for name, tensor in inputs.items()}
+    picked = {
+        name: _take_patches(inputs, rows)
+        if name == "pixel_values" and "image_grid_thw" in inputs
+        else tensor.index_select(0, index)
+        for name, tensor in inputs.items()
+    }
+    mask = picked.get("attention_mask")
     if mask is None:
         return picked
     width = mask.shape[1]
-    longest = int(picked["attention_mask"].sum(1).max()) if longest is None else longest
-    if longest >= width:
+    # Beside images of their own, lengths are not those of texts.
+    known = None if _image_tokens(inputs) else longest
+    tokens = int(mask.sum(1).max()) if known is None else known
+    if tokens >= width:
         return picked
     # Right padding leaves column 0 real in every row; left padding leaves the last column real.
-    right_padded = bool(picked["attention_mask"][:, 0].all())
-    keep = slice(0, longest) if right_padded else slice(width - longest, width)
+    keep = slice(0, tokens) if bool(mask[:, 0].all()) else slice(width - tokens, width)
     return {
-        name: tensor[:, keep] if tensor.dim() == 2 and tensor.shape[1] == width else tensor
+        name: tensor[:, keep]
+        if name not in IMAGE_INPUTS and tensor.dim() == 2 and tensor.shape[1] == width
+        else tensor
         for name, tensor in picked.items()
     }
+
+
+def _image_tokens(inputs: Mapping[str, Tensor]) -> int:
+    """Tokens of each item's image, where images have a tensor of their own, all of one size."""
+    pixels = inputs.get("pixel_values")
+    if pixels is None or "image_grid_thw" in inputs:
+        return 0
+    if "spatial_shapes" in inputs:
+        return pixels.shape[1]
+    per_item = pixels.shape[1:]
+    area = per_item[-1] * per_item[-2] if len(per_item) > 2 else 1
+    crops = per_item[0] if len(per_item) > 3 else 1
+    return max(crops * area // _PIXELS_PER_TOKEN, 1)
+
+
+def _take_patches(inputs: Mapping[str, Tensor], rows: Sequence[int]) -> Tensor:
+    patches, grids = inputs["pixel_values"], inputs["image_grid_thw"]
+    if len(grids) != count_rows(inputs):
+        raise ValueError(
+            f"take_rows: expected one image per item. "
+            f"Received: {len(grids)} images for {count_rows(inputs)} items"
+        )
+    counts = grids.prod(1).tolist()
+    images = torch.split(patches, counts)
+    return torch.cat([images[row] for row in rows])

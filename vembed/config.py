@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from vembed.errors import ConfigError, did_you_mean
+from vembed.images import MOST_PIXELS
 
 ALIASES = {"learning_rate": "lr", "model_name_or_path": "model_name"}
 """Other spellings that are accepted, each with the key that it stands for."""
@@ -39,7 +40,9 @@ SECTIONS = {
 RUN_REQUIRES = ("model_name", "data_path")
 """Settings without a default that a whole run needs."""
 
-PoolingMethod = Literal["cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last_token"]
+PoolingMethod = Literal[
+    "cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last_token", "pooler"
+]
 TorchDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Tracker = Literal["wandb", "tensorboard", "swanlab"]
 
@@ -134,6 +137,7 @@ class DatasetSpec(BaseModel):
     query_prompt: str | None = None
     document_prompt: str | None = None
     column_mapping: dict[str, str] | None = None
+    image_root: str | None = None
 
 
 class TrainConfig(BaseModel):
@@ -152,7 +156,16 @@ class TrainConfig(BaseModel):
         description="Hub id, local folder, or package:NAME[/subdir] for weights in a package",
     )
     encoder_mode: str = Field(
-        "auto", description="auto (from the checkpoint's model_type), text, or package.module:Name"
+        "auto",
+        description="auto (from the checkpoint's model_type), text, dual, vision, vlm, composed, "
+        "or package.module:Name",
+    )
+    text_model_name: str | None = Field(
+        None,
+        description="Instead of model_name, with image_model_name: text encoder of a composed one",
+    )
+    image_model_name: str | None = Field(
+        None, description="Image encoder, which a new projection brings into one space with texts"
     )
     revision: str | None = Field(
         None, description="Hub revision (commit, tag or branch) of the model"
@@ -161,10 +174,21 @@ class TrainConfig(BaseModel):
         False, description="Run Python code that comes with a hub model; needs revision"
     )
     pooling_method: PoolingMethod | None = Field(
-        None, description="Tokens to one vector; null takes the checkpoint's own"
+        None,
+        description="Tokens to one vector, pooler being the model's own head; null takes the "
+        "checkpoint's own",
     )
     normalize_embeddings: bool | None = Field(
         None, description="Unit-length vectors; null takes the checkpoint's own"
+    )
+    projection_dim: Int | None = Field(
+        None,
+        gt=0,
+        description="Size of the vectors; a model of another size gets a linear layer to train",
+    )
+    freeze_towers: list[Literal["text", "image"]] = Field(
+        default_factory=list,
+        description="Halves of a model for texts and images that are not trained: text, image",
     )
     max_seq_length: Int | None = Field(
         None, gt=0, description="Tokens kept of a text; null takes the checkpoint's own"
@@ -196,7 +220,8 @@ class TrainConfig(BaseModel):
     # --- data
     data_path: str | list[str | DatasetSpec] | None = Field(
         None,
-        description="Training rows: file, Arrow folder or hub id; or a list of {path: ...}",
+        description="Training rows: file, tar shards, Arrow folder or hub id; or a list of "
+        "{path: ...}",
     )
     val_data_path: str | None = Field(
         None, description="Rows for validation during training: a file or a BEIR folder"
@@ -220,13 +245,39 @@ class TrainConfig(BaseModel):
         description="Our field name to your column name, as in {query: question, positive: answer}",
     )
     image_root: str | None = Field(
-        None, description="Folder that image paths are relative to, and must stay under"
+        None,
+        description="Folder that image paths are relative to, and must stay under; null: that of "
+        "the data file",
+    )
+    max_image_pixels: Int = Field(
+        50_000_000,
+        gt=0,
+        le=MOST_PIXELS,
+        description="An image of more pixels is a bad record, found before it is decoded",
+    )
+    image_check: Literal["header", "decode"] = Field(
+        "header",
+        description="How images are looked at while rows are read: header and end of the file, or "
+        "every pixel",
+    )
+    on_bad_record: Literal["fail", "quarantine"] = Field(
+        "fail",
+        description="What becomes of a row that cannot be used: it ends the run, or goes to "
+        "quarantine.jsonl in output_dir",
+    )
+    max_bad_records: Float | None = Field(
+        None,
+        gt=0,
+        description="Most rows of a data set for the quarantine: below 1 a share, from 1 a number; "
+        "null: 0.01",
     )
     streaming: bool = Field(
         False, description="Read rows as they come instead of indexing the file first"
     )
     shuffle_buffer_size: Int = Field(10_000, gt=0, description="Rows that streaming shuffles among")
-    num_workers: Int = Field(0, ge=0, description="Processes that tokenise ahead of the step")
+    num_workers: Int = Field(
+        0, ge=0, description="Processes that tokenise and decode images ahead of the step"
+    )
     max_train_samples: Int | None = Field(
         None, gt=0, description="Use only this many training rows; null: all"
     )
@@ -241,7 +292,8 @@ class TrainConfig(BaseModel):
     )
     temperature: Float = Field(0.05, gt=0, description="Similarities are divided by it")
     learn_temperature: bool = Field(
-        False, description="Train the temperature, starting from the one given"
+        False,
+        description="Train the temperature, from the one given, else from that of a CLIP or SigLIP",
     )
     loss_bidirectional: bool = Field(
         False, description="Also rank the queries for each positive, and average"
@@ -440,6 +492,13 @@ class TrainConfig(BaseModel):
             raise KeyError(key)
         return name
 
+    @property
+    def model_label(self) -> str:
+        """The model as people call it: its name, or the names of the two that are put together."""
+        if self.text_model_name is None:
+            return str(self.model_name)
+        return f"{self.text_model_name} + {self.image_model_name}"
+
     @classmethod
     def coerce(cls, config: TrainConfig | Mapping[str, Any]) -> TrainConfig:
         """A TrainConfig from itself (the same object) or from a plain dict of settings.
@@ -492,10 +551,16 @@ def check(
 
 def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[Problem]:
     """What `check` reports, with the keys involved."""
-    missing = [Problem((key,), "required, but not set") for key in required if not config[key]]
+    composed = config.text_model_name is not None or config.image_model_name is not None
+    missing = [
+        Problem((key,), "required, but not set")
+        for key in required
+        if not config[key] and not (key == "model_name" and composed)
+    ]
     return [
         *missing,
         *_model_conflicts(config),
+        *_composed_conflicts(config),
         *_data_conflicts(config),
         *_validation_conflicts(config),
         *_optimisation_conflicts(config),
@@ -520,12 +585,42 @@ def _model_conflicts(config: TrainConfig) -> Iterator[Problem]:
         )
 
 
-def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
-    if config.image_root is not None and not set(config.retrieval_mode) & {"i", "m"}:
+def _composed_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    names = ("text_model_name", "image_model_name")
+    given = [name for name in names if config[name] is not None]
+    if not given:
+        return
+    if len(given) == 1:
+        (absent,) = set(names) - set(given)
+        yield Problem((given[0], absent), f"has no use alone. Set {absent}, or model_name")
+    if config.encoder_mode not in ("auto", "composed"):
         yield Problem(
-            ("image_root", "retrieval_mode"),
-            f"has no use: retrieval_mode {config.retrieval_mode} has no image. "
-            "Remove it, or choose a mode with i or m",
+            ("encoder_mode", given[0]),
+            f"two models make a composed encoder, not {config.encoder_mode}. Set auto",
+        )
+    for key in ("model_name", "revision", "pooling_method"):
+        if config[key] is not None:
+            yield Problem(
+                (key, given[0]), f"is about one model, but {given[0]} names one of two. Remove it"
+            )
+
+
+def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    if not set(config.retrieval_mode) & {"i", "m"}:
+        for key in _changed(config, "image_root", "max_image_pixels", "image_check"):
+            yield Problem(
+                (key, "retrieval_mode"),
+                f"has no use: retrieval_mode {config.retrieval_mode} has no image. "
+                "Remove it, or choose a mode with i or m",
+            )
+        sets = config.data_path if isinstance(config.data_path, list) else []
+        if any(isinstance(one, DatasetSpec) and one.image_root is not None for one in sets):
+            rule = f"image_root has no use: retrieval_mode {config.retrieval_mode} has no image"
+            yield Problem(("data_path", "retrieval_mode"), rule)
+    if config.max_bad_records is not None and config.on_bad_record == "fail":
+        yield Problem(
+            ("max_bad_records", "on_bad_record"),
+            "has no use: a bad record ends the run. Set on_bad_record: quarantine",
         )
     if not config.streaming:
         return
@@ -544,6 +639,12 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("streaming", "test_data_path", "holdout_ratio"),
             "nothing can be held out of a stream. Set test_data_path, or holdout_ratio: 0",
         )
+
+
+def _changed(config: TrainConfig, *keys: str) -> list[str]:
+    """Those of the keys that have another value than their default."""
+    fields = type(config).model_fields
+    return [key for key in keys if config[key] != fields[key].default]
 
 
 def _validation_conflicts(config: TrainConfig) -> Iterator[Problem]:
@@ -648,7 +749,7 @@ _RULES = {
     "greater_than": "must be above {gt:g}",
     "greater_than_equal": "must be at least {ge:g}",
     "less_than": "must be below {lt:g}",
-    "less_than_equal": "must be at most {le:g}",
+    "less_than_equal": "must be at most {le:.15g}",
     "too_long": "expected {max_length} values",
     "value_error": "{error}",
 }

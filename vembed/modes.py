@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vembed.errors import ConfigError
+from vembed.images import ImageSource
 
 TEXT = "t"
 IMAGE = "i"
@@ -46,6 +47,16 @@ class RetrievalMode:
     def __str__(self) -> str:
         return f"{self.query}2{self.document}"
 
+    @property
+    def has_images(self) -> bool:
+        """Whether one of the sides has an image."""
+        return {self.query, self.document} != {TEXT}
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether one of the sides has a text."""
+        return {self.query, self.document} != {IMAGE}
+
 
 def all_modes(modalities: frozenset[str] = frozenset(MODALITIES)) -> list[RetrievalMode]:
     """Every mode whose both sides are in `modalities`, in the order t, i, m."""
@@ -59,14 +70,26 @@ class Item:
 
     Attributes:
         text: The text, or None.
-        image: What identifies the image: a path under `image_root`; or None.
+        image: Where the image's bytes are, or None; `vembed.images.load_image` decodes it.
     """
 
     text: str | None = None
-    image: str | None = None
+    image: ImageSource | None = None
 
     @property
     def content_id(self) -> int:
         """A 63-bit hash of the content, the same everywhere: equal items are duplicates."""
-        content = repr((self.text, self.image)).encode("utf-8", "surrogatepass")
+        content = repr(self.content).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+
+    @property
+    def content(self) -> tuple[str | None, str | None]:
+        """The text, and what identifies the image."""
+        return self.text, None if self.image is None else self.image.identity
+
+    def located(self, where: str) -> Item:
+        """The same item, whose image knows where it is named (`file:line: field`)."""
+        return self if self.image is None else replace(self, image=replace(self.image, where=where))
+
+    def __str__(self) -> str:
+        return " ".join(str(part) for part in (self.text, self.image) if part is not None)

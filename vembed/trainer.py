@@ -66,8 +66,8 @@ class VEmbedFactoryTrainer:
         Raises:
             ConfigError: if there is no data to measure on.
         """
-        from vembed.evaluation import load_eval_task
         from vembed.inference import Predictor
+        from vembed.training.run_data import load_task
 
         proof = self.result.proof if self.result is not None else None
         if data is None and proof is not None:
@@ -75,10 +75,6 @@ class VEmbedFactoryTrainer:
         source = data or self.config.test_data_path
         if source is None:
             raise ConfigError("evaluate: expected data to measure on. Received: none")
-        task = load_eval_task(
-            source,
-            column_mapping=self.config.column_mapping,
-            retrieval_mode=self.config.retrieval_mode,
-        )
+        task = load_task(self.config, source)
         model = self.config.model_name if self.result is None else self.result.model_path
         return dict(task.evaluate(Predictor(str(model)).encode_items).metrics)

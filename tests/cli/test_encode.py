@@ -98,20 +98,20 @@ def test_it_says_where_the_vectors_are(encode, tmp_path, capsys):
 @pytest.mark.parametrize(
     "row",
     [
-        ("rows.txt", "", [], "rows.txt: no text in it"),
+        ("rows.txt", "", [], "rows.txt: no rows in it"),
         ("no.txt", None, [], "no.txt: cannot be read: No such file or directory"),
         ("rows.txt", b"a\n\xff\n", [], "rows.txt:2: not UTF-8 text"),
         (
             "rows.jsonl",
             '{"text": "a"}\n{"text": 3}\n',
             [],
-            "rows.jsonl:2: text: expected a text. Rec",
+            "rows.jsonl:2: text: a text is expected. Rec",
         ),
         (
             "rows.jsonl",
             '{"text": "a"}\n{"text": " "}\n',
             [],
-            "rows.jsonl:2: text: expected a text. R",
+            "rows.jsonl:2: text: must not be empty. R",
         ),
         ("rows.jsonl", '{"text": "a"}\n{"tex\n', [], "rows.jsonl:2: line: must be one JSON object"),
         (

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from itertools import combinations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vembed.chunking import plan_chunks, take_rows
+from vembed.chunking import count_rows, count_tokens, plan_chunks, take_rows
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 
@@ -73,3 +74,53 @@ def test_inputs_without_a_mask_or_of_other_shape_are_only_indexed():
     assert torch.equal(take_rows(images, [2])["pixel_values"], images["pixel_values"][2:])
     both = {**padded([[1, 2, 3], [4]], left=False), "pixel_values": torch.ones(2, 3, 5)}
     assert take_rows(both, [1])["pixel_values"].shape == (1, 3, 5)
+
+
+def flat_patches() -> dict[str, torch.Tensor]:
+    """Three items with images of 4, 8 and 4 patches, the n-th patch being full of n."""
+    grids = torch.tensor([[1, 2, 2], [1, 2, 4], [1, 2, 2]])
+    return {
+        "pixel_values": torch.arange(16.0).repeat_interleave(5).reshape(16, 5),
+        "image_grid_thw": grids,
+        **padded([[1, 2, 3], [4, 5], [6]], left=True),
+    }
+
+
+def test_patches_follow_their_item():
+    inputs = flat_patches()
+    taken = take_rows(inputs, [2, 1])
+    assert taken["pixel_values"][:, 0].tolist() == [12, 13, 14, 15, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert taken["image_grid_thw"].tolist() == [[1, 2, 2], [1, 2, 4]]
+    assert taken["input_ids"].tolist() == [[0, 6], [4, 5]]
+    assert (count_rows(inputs), count_rows(taken)) == (3, 2)
+
+
+def test_an_item_without_its_image_is_refused():
+    inputs = flat_patches() | {"image_grid_thw": torch.tensor([[1, 2, 2]])}
+    with pytest.raises(ValueError, match="1 images for 3 items"):
+        take_rows(inputs, [0])
+
+
+def test_what_items_cost():
+    text = padded([[1, 2, 3], [4]], left=False)
+    photos = {"pixel_values": torch.ones(2, 3, 32, 48)}
+    assert count_tokens(text) == [3, 1]
+    assert count_tokens(photos) == [6, 6]
+    assert count_tokens({**text, **photos}) == [9, 7]
+    assert count_tokens({"input_ids": torch.ones(2, 64)}) == [64, 64]
+    assert count_tokens({"pixel_values": torch.ones(2, 5, 3, 32, 48)}) == [30, 30]
+    cut_up = {"pixel_values": torch.ones(2, 9, 48), "spatial_shapes": torch.ones(2, 2)}
+    assert count_tokens(cut_up) == [9, 9]
+    assert count_tokens(flat_patches()) == [3, 2, 1]
+
+
+def test_texts_beside_images_are_cut_to_the_longest_text_whatever_the_item_costs():
+    inputs = {**padded([[1, 2, 3], [4, 5]], left=False), "pixel_values": torch.ones(2, 3, 16, 32)}
+    for longest in (None, count_tokens(inputs)[1]):
+        taken = take_rows(inputs, [1], longest)
+        assert taken["input_ids"].tolist() == [[4, 5]]
+
+
+def test_facts_about_images_are_not_taken_for_tokens():
+    inputs = {**padded([[1, 2], [3]], left=False), "spatial_shapes": torch.tensor([[1, 2], [3, 4]])}
+    assert take_rows(inputs, [1])["spatial_shapes"].tolist() == [[3, 4]]

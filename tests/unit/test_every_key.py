@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from tests.tiny import tiny_sentence_transformer
+from tests.pictures import flipped_png, mode_rows, picture, write_pictures
+from tests.tiny import tiny_sentence_transformer, write_rows
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError, DistributedError, VembedError
 from vembed.losses import tiling
@@ -26,13 +27,26 @@ from vembed.training.optimizer_builder import resolve_tracker
 from vembed.training.run import run_training
 from vembed.training.trainer import Trainer
 
+# A run on captions and pictures, with the tests' own encoder, which cannot be loaded again.
+PICTURES = {
+    "model_name": "<pictures>",
+    "encoder_mode": "tests.own_encoder:load_pictures_encoder",
+    "retrieval_mode": "t2i",
+    "data_path": "<captions>",
+    "image_root": "<pictures>",
+    "holdout_ratio": 0,
+}
 # key: (another value, settings of both runs that let it matter). Paths stand in angle brackets.
 CHANGES = {
     "model_name": ("<other model>", {}),
     "encoder_mode": ("vembed.models:NoSuchEncoder", {}),
+    "text_model_name": ("<other model>", {"image_model_name": "<model>", "model_name": None}),
+    "image_model_name": ("<model>", {"text_model_name": "<model>", "model_name": None}),
     "trust_remote_code": (True, {"model_name": "owner/name"}),
     "pooling_method": ("cls", {}),
     "normalize_embeddings": (False, {}),
+    "projection_dim": (8, {}),
+    "freeze_towers": (["text"], {}),
     "max_seq_length": (5, {}),
     "query_prompt": ("old ", {}),
     "document_prompt": ("old ", {}),
@@ -49,7 +63,11 @@ CHANGES = {
     "holdout_ratio": (0.5, {}),
     "retrieval_mode": ("t2i", {}),
     "column_mapping": ({"query": "positive", "positive": "query"}, {}),
-    "image_root": ("images", {}),
+    "image_root": ("<other pictures>", PICTURES),
+    "max_image_pixels": (10, PICTURES),
+    "image_check": ("decode", {**PICTURES, "data_path": "<damaged>", "max_steps": 1}),
+    "on_bad_record": ("quarantine", {"data_path": "<bad row>"}),
+    "max_bad_records": (0.5, {"data_path": "<bad row>", "on_bad_record": "quarantine"}),
     "streaming": (True, {"holdout_ratio": 0}),
     "shuffle_buffer_size": (1, {"streaming": True, "holdout_ratio": 0}),
     "max_train_samples": (6, {}),
@@ -101,7 +119,13 @@ BASE = {
     "progress": False,
 }
 
-_READ = ("config.json", "modules.json", "config_sentence_transformers.json", "metrics.jsonl")
+_READ = (
+    "weights.json",
+    "config.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "metrics.jsonl",
+)
 
 
 @pytest.fixture(scope="module")
@@ -113,12 +137,26 @@ def places(tmp_path_factory, tiny_st_path, pairs_path, beir_path):
     lines = [json.dumps({"query": r["positive"], "positive": r["query"]}) for r in rows]
     swapped.write_text("\n".join(lines))
     other = tiny_sentence_transformer(folder / "model", pooling="cls")
+    pictures = write_pictures(folder / "pictures")
+    (pictures / "flipped.png").write_bytes(flipped_png())
+    (write_pictures(folder / "others") / "red.png").write_bytes(picture("blue"))
+    captions = mode_rows("t2i")
+    write_rows(folder / "captions.jsonl", captions)
+    # Not among the rows of the first step, unless somebody looks ahead.
+    damaged = [*captions, {"query": "a", "positive": "flipped.png"}]
+    write_rows(folder / "damaged.jsonl", damaged)
+    write_rows(folder / "bad.jsonl", [*rows, {"query": ""}])
     return {
         "<model>": str(tiny_st_path),
         "<other model>": str(other),
         "<pairs>": str(pairs_path),
         "<swapped pairs>": str(swapped),
         "<beir>": str(beir_path),
+        "<pictures>": str(pictures),
+        "<other pictures>": str(folder / "others"),
+        "<captions>": str(folder / "captions.jsonl"),
+        "<damaged>": str(folder / "damaged.jsonl"),
+        "<bad row>": str(folder / "bad.jsonl"),
     }
 
 
@@ -178,7 +216,7 @@ def test_another_value_changes_the_run(key, observed, baselines):
     name = json.dumps(settings)
     if name not in baselines:
         baselines[name] = observed(**settings)
-    assert observed(**settings, **{key: value}) != baselines[name]
+    assert observed(**{**settings, key: value}) != baselines[name]
 
 
 def test_the_same_settings_change_nothing(observed):

@@ -14,9 +14,10 @@ from vembed.training.config import load_and_parse_config
 
 if TYPE_CHECKING:
     from vembed.data import Finding, Inspection, LengthSummary
-    from vembed.training.check import CheckResult
+    from vembed.training.check import CheckResult, SampleItem
 
 _BAR_WIDTH = 40
+_SHOWN_BAD_RECORDS = 10
 
 
 def main(argv: list[str]) -> int:
@@ -31,7 +32,11 @@ def main(argv: list[str]) -> int:
     console = Console()
     console.print(_facts(result))
     if result.inspection is not None:
-        console.print(_lengths(result.inspection), _findings(result.inspection))
+        console.print(
+            _lengths(result.inspection), _images(result.inspection), _findings(result.inspection)
+        )
+    if result.bad_records:
+        console.print(_bad_records(result))
     console.print(_sample(result), _first_step(result))
     console.print("Nothing was written; `vembed train` can start.")
     return 0
@@ -83,6 +88,26 @@ def _histogram(summary: LengthSummary) -> Table:
     return grid
 
 
+def _images(inspection: Inspection) -> RenderableType:
+    parts: list[RenderableType] = []
+    for role, summary in inspection.images.items():
+        formats = ", ".join(f"{count:,} {name}" for name, count in summary.formats.items())
+        parts.append(Text(f"\n{role}: {summary.count:,} images; {formats}", "bold"))
+        for name, at in (("width", summary.widths), ("height", summary.heights)):
+            parts.append(Text(f"{name}: " + ", ".join(f"{p} % up to {n:,}" for p, n in at.items())))
+    if parts:
+        parts.append(Text("all of them can be decoded", "green"))
+    return Group(*parts)
+
+
+def _bad_records(result: CheckResult) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text(f"\nrows that are left out: {len(result.bad_records):,}", "bold yellow"))
+    for record in result.bad_records[:_SHOWN_BAD_RECORDS]:
+        grid.add_row(Text(f"{record.where}: {record.field}: {record.reason}"))
+    return grid
+
+
 def _findings(inspection: Inspection) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_row("")
@@ -92,6 +117,10 @@ def _findings(inspection: Inspection) -> Table:
         ("positives that are there twice", inspection.repeated_positives),
         ("queries that are their own positive", inspection.own_positive),
         ("positives that are negatives of the same row", inspection.positive_as_negative),
+        *(
+            [("images with the bytes of another", inspection.copied_images)]
+            * bool(inspection.images)
+        ),
     ):
         grid.add_row(name, _finding(finding))
     return grid
@@ -107,10 +136,16 @@ def _sample(result: CheckResult) -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_row(Text("\nfirst row, as the model sees it", "bold"))
     table = Table.grid(padding=(0, 2))
-    for text in result.sample:
-        table.add_row(Text(text.role, "bold"), f"{text.tokens} tokens", Text(text.text))
+    for item in result.sample:
+        sizes = [f"{item.tokens} tokens"] if item.tokens else []
+        sizes += [f"{name} {' x '.join(map(str, size))}" for name, size in item.shapes.items()]
+        table.add_row(Text(item.role, "bold"), Text(", ".join(sizes)), Text(_words(item)))
     grid.add_row(table)
     return grid
+
+
+def _words(item: SampleItem) -> str:
+    return " ".join(part for part in (item.text, item.image) if part)
 
 
 def _first_step(result: CheckResult) -> Table:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError, DataError
+from vembed.modes import MODALITIES, MULTIMODAL, TEXT, Item
+
+if TYPE_CHECKING:
+    from vembed.data.cells import CellReader
 
 ID_COLUMNS = ("_id", "id")
 """Columns that name a row unless `--id_column` does."""
@@ -21,11 +25,11 @@ ID_COLUMNS = ("_id", "id")
 _WINDOW_ROWS = 8192
 
 
-class TextRow(NamedTuple):
-    """One text to encode and what names it."""
+class ItemRow(NamedTuple):
+    """One item to encode and what names it."""
 
     identifier: str
-    text: str
+    item: Item
 
 
 def main(argv: list[str]) -> int:
@@ -54,20 +58,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vembed encode",
         allow_abbrev=False,
-        description="Turn texts into vectors. Row k of the .npy belongs to line k of the ids.",
+        description="Turn texts or images into vectors. Row k of the .npy belongs to line k of the "
+        "ids.",
     )
     add = parser.add_argument
     add("--model", required=True, help="folder, package:NAME[/subdir] or hub id")
-    add("--data", required=True, help=".jsonl, .csv, .tsv, .parquet, or .txt with a text per line")
+    add("--data", required=True, help=".jsonl, .csv, .tsv, .parquet, shards-*.tar, or .txt with a "
+        "text or the path of an image per line")  # fmt: skip
     add("--output", required=True, help="file to write, .npy; the ids go to .ids.txt beside it")
+    add("--modality", choices=list(MODALITIES), default=TEXT,
+        help="what a row is: t text (the default), i image, m both")  # fmt: skip
     add("--column", default="text", help="column that holds the text (default: text)")
+    add("--image_column", default="image", help="column that holds the image (default: image)")
+    add("--image_root", help="folder that image paths are relative to (default: that of the file)")
     add("--id_column", help=f"column that names the row (default: {' or '.join(ID_COLUMNS)}, "
         "else the line number)")  # fmt: skip
     add("--role", choices=["query", "document"], help="use the model's prompt for this role")
     add("--prompt", help="text put before every text, instead of the role's; '' for none")
     add("--normalize", action=argparse.BooleanOptionalAction, default=None,
         help="unit length or not (default: as the model was made)")  # fmt: skip
-    add("--batch_size", type=int, help="most texts in a forward pass; their length decides else")
+    add("--batch_size", type=int, help="most items in a forward pass; their length decides else")
     add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
     return parser
 
@@ -83,44 +93,86 @@ def _replacing(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
-def _read_rows(arguments: argparse.Namespace) -> Iterator[TextRow]:
+def _read_rows(arguments: argparse.Namespace) -> Iterator[ItemRow]:
     if arguments.data.endswith(".txt"):
-        return _read_lines(Path(arguments.data))
-    return _read_table(arguments.data, arguments.column, arguments.id_column)
+        return _read_lines(arguments)
+    return _read_table(arguments)
 
 
-def _read_lines(path: Path) -> Iterator[TextRow]:
+def _read_lines(arguments: argparse.Namespace) -> Iterator[ItemRow]:
+    path = Path(arguments.data)
+    cells = _cells(arguments, str(path.parent))
+    if arguments.modality == MULTIMODAL:
+        raise ConfigError(f"--modality: {path}: a line is a text or an image, not both")
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 text = line.decode("utf-8").removeprefix("\ufeff").strip()
                 if text:
-                    yield TextRow(str(number), text)
+                    with _at(f"{path}:{number}"):
+                        item = cells.item(arguments.modality, text, field="line", place="line")
+                    yield ItemRow(str(number), item.located(f"{path}:{number}"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}:{number}: not UTF-8 text. Save it as UTF-8") from error
 
 
-def _read_table(path: str, column: str, id_column: str | None) -> Iterator[TextRow]:
+def _read_table(arguments: argparse.Namespace) -> Iterator[ItemRow]:
     from vembed.data.problems import RowProblem
     from vembed.data.sources import find_source
 
-    source = find_source(path, split="train", own_split=False, streaming=False)
-    for line, values, _ in source.read():
-        where = f"{source.path}:{line}"
-        if isinstance(values, RowProblem):
-            raise DataError(values.describe_at(where))
-        text = _cell(values, column, where, "--column")
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{where}: {column}: expected a text. Received: {text!r}")
-        name = id_column or next((c for c in ID_COLUMNS if c in values), None)
-        identifier = str(line if name is None else _cell(values, name, where, "--id_column"))
+    source = find_source(arguments.data, split="train", own_split=False, streaming=False)
+    cells = _cells(arguments, source.image_root)
+    for row in source.read():
+        where = f"{source.files[row.file]}:{row.line}"
+        if isinstance(row.values, RowProblem):
+            raise DataError(row.values.describe_at(where))
+        item = _item(row.values, cells, arguments, where)
+        name = arguments.id_column or next((c for c in ID_COLUMNS if c in row.values), None)
+        identifier = str(
+            row.line if name is None else _cell(row.values, name, where, "--id_column")
+        )
         if len(identifier.splitlines()) != 1:
             raise DataError(
                 f"{where}: {name}: expected an id in one line. Received: {identifier!r}"
             )
-        yield TextRow(identifier, text)
+        yield ItemRow(identifier, item.located(where))
+
+
+def _item(
+    values: Mapping[str, Any], cells: CellReader, arguments: argparse.Namespace, where: str
+) -> Item:
+    """What a row is, read by the code that reads training rows."""
+    text, image, modality = arguments.column, arguments.image_column, arguments.modality
+    if modality == MULTIMODAL:
+        parts = (_cell(values, text, where, "--column"),
+                 _cell(values, image, where, "--image_column"))  # fmt: skip
+        with _at(where):
+            return cells.pair(*parts, field="item", places=(text, image))
+    column, option = (text, "--column") if modality == TEXT else (image, "--image_column")
+    cell = _cell(values, column, where, option)
+    with _at(where):
+        return cells.item(modality, cell, field="item", place=column)
+
+
+def _cells(arguments: argparse.Namespace, folder: str | None) -> CellReader:
+    from vembed.data.cells import CellReader
+    from vembed.data.rules import ImageRules
+
+    rules = ImageRules(arguments.image_root)
+    return CellReader(rules.folder(folder), rules.limits)
+
+
+@contextmanager
+def _at(where: str) -> Iterator[None]:
+    """Gives a problem of a cell its `file:line`."""
+    from vembed.data.problems import RowProblem
+
+    try:
+        yield
+    except RowProblem as problem:
+        raise DataError(problem.describe_at(where)) from None
 
 
 def _cell(values: Any, column: str, where: str, option: str) -> Any:
@@ -132,25 +184,27 @@ def _cell(values: Any, column: str, where: str, option: str) -> Any:
     return values[column]
 
 
-def _write_ids(rows: Iterator[TextRow], path: Path, data: str) -> int:
+def _write_ids(rows: Iterator[ItemRow], path: Path, data: str) -> int:
+    from vembed.data.checking import require_images
+
     count = 0
     with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(row.identifier + "\n")
-            count += 1
+        while window := list(islice(rows, _WINDOW_ROWS)):
+            require_images((row.item for row in window), decode=False)
+            file.writelines(f"{row.identifier}\n" for row in window)
+            count += len(window)
     if not count:
-        raise DataError(f"{data}: no text in it")
+        raise DataError(f"{data}: no rows in it")
     return count
 
 
 def _write_vectors(
-    rows: Iterator[TextRow], path: Path, count: int, arguments: argparse.Namespace
+    rows: Iterator[ItemRow], path: Path, count: int, arguments: argparse.Namespace
 ) -> tuple[int, int]:
     # After all rows are read, because it imports torch.
     import numpy as np
 
     from vembed.inference import Predictor, encode_items
-    from vembed.modes import Item
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ConfigError(f"--batch_size: must be at least 1. Received: {arguments.batch_size}")
@@ -162,7 +216,7 @@ def _write_vectors(
         while window := list(islice(rows, _WINDOW_ROWS)):
             vectors[done : done + len(window)] = encode_items(
                 predictor.encoder,
-                [Item(text=row.text) for row in window],
+                [row.item for row in window],
                 role=arguments.role,
                 prompt=arguments.prompt,
                 normalize=arguments.normalize,

@@ -28,9 +28,16 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     mapping = _column_mapping(arguments.column_mapping)
     # After the arguments are checked, because it imports torch.
+    from vembed.data import ImageRules
     from vembed.evaluation import compare, load_eval_task
 
-    task = load_eval_task(arguments.data, column_mapping=mapping, split=arguments.split)
+    task = load_eval_task(
+        arguments.data,
+        column_mapping=mapping,
+        retrieval_mode=arguments.retrieval_mode,
+        images=ImageRules(arguments.image_root),
+        split=arguments.split,
+    )
     result = _measure(arguments.model, task, arguments)
     if arguments.before is None:
         return _print_one(result, arguments)
@@ -51,16 +58,19 @@ def _parser() -> argparse.ArgumentParser:
         prog="vembed evaluate",
         allow_abbrev=False,
         description="Measure a model. What the rows hold decides how: pairs or a BEIR folder: "
-        "retrieval; pairs with scores: correlation; labelled texts: nearest neighbours.",
+        "retrieval; pairs with scores: correlation; labelled items: nearest neighbours.",
     )
     add = parser.add_argument
     add("--model", required=True, help="folder, package:NAME[/subdir] or hub id")
     add("--data", required=True, help="BEIR folder, or a file of rows as for training")
     add("--before", metavar="MODEL", help="also measure this model, and show what changed")
     add("--split", default="test", help="qrels of a BEIR folder, or split of a hub data set")
+    add("--retrieval_mode", default="t2t",
+        help="query and document: t text, i image, m both, as in t2i (default: t2t)")  # fmt: skip
+    add("--image_root", help="folder that image paths are relative to (default: that of the data)")
     add("--column_mapping", nargs="+", metavar="FIELD=COLUMN", default=[],
         help="our field name and your column name, as in query=question")  # fmt: skip
-    add("--batch_size", type=int, help="most texts in a forward pass; their length decides else")
+    add("--batch_size", type=int, help="most items in a forward pass; their length decides else")
     add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
     add("--json", action="store_true", help="print one JSON object of all metrics, nothing else")
     return parser

@@ -6,15 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vembed.data.checking import OnProgress
     from vembed.data.collator import Batch, Collator, Processor
     from vembed.data.dataset import (
         HoldoutSplit,
-        OnProgress,
         RecordDataset,
         StreamingRecordDataset,
         load_dataset_records,
         split_holdout,
     )
+    from vembed.data.image_inspection import ImageSummary
     from vembed.data.inspection import (
         Finding,
         Inspection,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
         token_counter,
     )
     from vembed.data.loader import BORROWED, RecordLoader, build_dataloader, collate_share
+    from vembed.data.quarantine import BadRecord, Quarantine
     from vembed.data.records import FIELDS, Record
+    from vembed.data.rules import ImageRules
     from vembed.data.sampler import StatelessBatchSampler
 
 # Resolved on first use: importing this package must not pay for torch and datasets.
@@ -32,12 +35,13 @@ _LAZY = {
     "Collator": "collator",
     "Processor": "collator",
     "HoldoutSplit": "dataset",
-    "OnProgress": "dataset",
+    "OnProgress": "checking",
     "RecordDataset": "dataset",
     "StreamingRecordDataset": "dataset",
     "load_dataset_records": "dataset",
     "split_holdout": "dataset",
     "Finding": "inspection",
+    "ImageSummary": "image_inspection",
     "Inspection": "inspection",
     "LengthSummary": "inspection",
     "inspect_records": "inspection",
@@ -46,22 +50,29 @@ _LAZY = {
     "RecordLoader": "loader",
     "collate_share": "loader",
     "build_dataloader": "loader",
+    "BadRecord": "quarantine",
+    "Quarantine": "quarantine",
     "FIELDS": "records",
     "Record": "records",
+    "ImageRules": "rules",
     "StatelessBatchSampler": "sampler",
 }
 
 __all__ = [
     "BORROWED",
     "FIELDS",
+    "BadRecord",
     "Batch",
     "Collator",
     "Finding",
     "HoldoutSplit",
+    "ImageRules",
+    "ImageSummary",
     "Inspection",
     "LengthSummary",
     "OnProgress",
     "Processor",
+    "Quarantine",
     "Record",
     "RecordDataset",
     "RecordLoader",

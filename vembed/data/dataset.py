@@ -3,91 +3,63 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
-import datasets
 import numpy as np
 import torch.utils.data
 from pydantic import ValidationError
 
-from vembed import modes
 from vembed.config import DatasetSpec
-from vembed.data.problems import ProblemLog, RowProblem
-from vembed.data.records import FIELDS, ParsedRow, Record, RowParser, normalise_mapping
+from vembed.data.checking import OnProgress, RowRules, checked_rows
+from vembed.data.columns import normalise_mapping
+from vembed.data.problems import RowProblem
+from vembed.data.quarantine import Quarantine, Tally
+from vembed.data.records import FIELDS, Record
+from vembed.data.rules import ImageRules
 from vembed.data.sources import Source, find_source
+from vembed.data.storage import Origin, ShareOfProgress, StoredRows, store_rows
 from vembed.errors import ConfigError, DataError
-from vembed.modes import TEXT, Item, RetrievalMode
-
-OnProgress = Callable[[float], None]
-"""Called now and then with the share of the work that is done, from 0 to 1."""
+from vembed.images import ImageFolder
+from vembed.modes import Item, RetrievalMode
 
 DataChoice = str | PathLike[str] | DatasetSpec | Mapping[str, Any]
 
-_PROGRESS_ROWS = 1000
 _READ_ROWS = 1000
-_FEATURES = datasets.Features(
-    {
-        "query": datasets.Value("large_string"),
-        "positive": [datasets.Value("large_string")],
-        "negative": [datasets.Value("large_string")],
-        "label": datasets.Value("large_string"),
-        "score": datasets.Value("float64"),
-        "teacher_scores": [datasets.Value("float64")],
-        "line": datasets.Value("int64"),
-        "query_id": datasets.Value("int64"),
-        "content_hash": datasets.Value("int64"),
-    }
-)
 _ID_RANGE = 2.0**63
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """What all rows of one source share."""
-
-    path: str
-    query_prompt: str | None
-    document_prompt: str | None
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The checked rows of one source."""
-
-    rows: datasets.Dataset
-    origin: _Origin
-
-    def column(self, name: str) -> Any:
-        return self.rows.data.column(name)
 
 
 class RecordDataset(torch.utils.data.Dataset[Record]):
     """Rows that are all checked, can be indexed, and are read from disk when asked for.
+
+    Images are not read with their rows: `vembed.images.load_image` does it in the loader's workers.
 
     Attributes:
         fields: Those of query, positive, negative, label, score, teacher_scores that every row has.
         label_names: The labels, in the order of their class numbers; empty without labels.
     """
 
-    def __init__(self, parts: Sequence[_Part], indices: np.ndarray | None = None) -> None:
+    def __init__(self, parts: Sequence[StoredRows], indices: np.ndarray | None = None) -> None:
         """Assign; see `load_dataset_records` for building one from files.
 
         Args:
             parts: Rows of each source.
-            indices: Which rows of all parts, in this order; None for all.
+            indices: Which rows of all parts, in this order; None for all that can be used.
         """
         self._parts = list(parts)
         self._starts = np.cumsum([0, *(len(part.rows) for part in parts)]).tolist()
-        self._indices = np.arange(self._starts[-1]) if indices is None else indices
-        self.fields = frozenset.intersection(*(_fields_of(part) for part in parts))
+        if indices is None:
+            starts = zip(self._parts, self._starts, strict=False)
+            indices = np.concatenate([part.good + start for part, start in starts])
+        self._indices = indices
+        self.fields = frozenset(
+            name for name in FIELDS if all(part.has_in_every_row(name) for part in parts)
+        )
         self.label_names = _label_names(parts)
         self._label_numbers = {name: number for number, name in enumerate(self.label_names)}
 
@@ -107,13 +79,11 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
         records: list[Record | None] = [None] * len(places)
         for part_number in sorted({part_number for part_number, _ in places}):
             slots = [i for i, place in enumerate(places) if place[0] == part_number]
-            part = self._parts[part_number]
-            columns = part.rows[[places[i][1] for i in slots]]
-            for position, slot in enumerate(slots):
-                values = {name: column[position] for name, column in columns.items()}
-                label = None if values["label"] is None else self._label_numbers[values["label"]]
-                row_index = range(len(self))[indices[slot]]
-                records[slot] = _to_record(values, part.origin, label, row_index)
+            numbers = [places[i][1] for i in slots]
+            row_indices = [range(len(self))[indices[slot]] for slot in slots]
+            found = self._parts[part_number].read(numbers, row_indices, self._label_numbers)
+            for slot, record in zip(slots, found, strict=True):
+                records[slot] = record
         return [record for record in records if record is not None]
 
     def select(self, indices: Sequence[int] | np.ndarray) -> RecordDataset:
@@ -159,28 +129,36 @@ class StreamingRecordDataset(torch.utils.data.IterableDataset[Record]):
             negatives, of which rows may have any number.
     """
 
-    def __init__(self, streams: Sequence[_Stream]) -> None:
+    def __init__(self, streams: Sequence[_Stream], quarantine: Quarantine | None = None) -> None:
         """Read the first row of every source; see `load_dataset_records`.
+
+        Args:
+            streams: The sources.
+            quarantine: Takes bad rows; None ends the reading at the first one.
 
         Raises:
             DataError: if a first row cannot be used.
         """
         self._streams = list(streams)
-        self.fields = frozenset.intersection(*(_first_fields(stream) for stream in streams))
+        self._quarantine = quarantine
+        self.fields = frozenset.intersection(*(stream.first_fields() for stream in streams))
 
     def __iter__(self) -> Iterator[Record]:
         row_index = 0
-        for stream in self._streams:
-            for record in stream.records():
-                absent = self.fields - record.fields - {"negative"}
-                if absent:
-                    raise DataError(
-                        f"{record.where}: {min(absent)}: rows of a stream must have what its "
-                        f"first row has: {', '.join(sorted(self.fields - {'negative'}))}. "
-                        "Fill it in, or leave it out of every row"
-                    )
+        for stream, tally in zip(self._streams, self._tallies(), strict=True):
+            for record in stream.records(self.fields - {"negative"}, tally):
                 yield replace(record, row_index=row_index)
                 row_index += 1
+
+    def _tallies(self) -> Sequence[Tally | None]:
+        """For one pass, what counts the bad rows of each source."""
+        if self._quarantine is None:
+            return [None] * len(self._streams)
+        worker = torch.utils.data.get_worker_info()
+        in_first_worker = worker is None or worker.id == 0
+        self._quarantine.begin_pass(in_first_worker=in_first_worker)
+        paths = [stream.source.path for stream in self._streams]
+        return [self._quarantine.tally(path, in_first_worker=in_first_worker) for path in paths]
 
     def shuffled(self, *, seed: int, epoch: int, buffer_size: int) -> Iterator[Record]:
         """All rows, each drawn from a buffer of rows read ahead: a pure function of the arguments.
@@ -216,6 +194,8 @@ def load_dataset_records(
     *,
     retrieval_mode: str | RetrievalMode = ...,
     column_mapping: Mapping[str, str] | None = ...,
+    images: ImageRules = ...,
+    quarantine: Quarantine | None = ...,
     streaming: Literal[False] = ...,
     split: str = ...,
     on_progress: OnProgress | None = ...,
@@ -226,6 +206,8 @@ def load_dataset_records(
     *,
     retrieval_mode: str | RetrievalMode = ...,
     column_mapping: Mapping[str, str] | None = ...,
+    images: ImageRules = ...,
+    quarantine: Quarantine | None = ...,
     streaming: bool,
     split: str = ...,
     on_progress: OnProgress | None = ...,
@@ -235,6 +217,8 @@ def load_dataset_records(
     *,
     retrieval_mode: str | RetrievalMode = "t2t",
     column_mapping: Mapping[str, str] | None = None,
+    images: ImageRules = ImageRules(),  # noqa: B008 - frozen
+    quarantine: Quarantine | None = None,
     streaming: bool = False,
     split: str = "train",
     on_progress: OnProgress | None = None,
@@ -246,11 +230,15 @@ def load_dataset_records(
     again. Several processes may call this at once.
 
     Args:
-        data: A JSONL (also .gz), CSV, TSV or Parquet file, an Arrow folder, a BEIR folder, a hub id
-            (`owner/name`, `owner/name:config`), or a DatasetSpec (or such a mapping) of one of them
-            with prompts, split and column_mapping of its own; or a list of these.
+        data: A JSONL (also .gz), CSV, TSV or Parquet file, tar shards (`shards-*.tar`), an Arrow
+            folder, a BEIR folder, a hub id (`owner/name`, `owner/name:config`), or a DatasetSpec
+            (or such a mapping) of one of them with prompts, split, column_mapping and image_root of
+            its own; or a list of these.
         retrieval_mode: Modality of queries and documents.
         column_mapping: Our field to your column, where a DatasetSpec has none of its own.
+        images: Where images are, and what they are held to. Of a stream, images are looked at
+            before they are needed only where bad rows are to be found, or `check` is `decode`.
+        quarantine: Takes the rows that cannot be used; None ends the reading instead.
         streaming: Check rows when they are needed rather than before, and store nothing.
         split: Rows of a folder or hub data set, where a DatasetSpec does not say.
         on_progress: Told the share of all sources that is read.
@@ -260,25 +248,37 @@ def load_dataset_records(
         ConfigError: if an argument cannot be meant.
     """
     mode = RetrievalMode.parse(retrieval_mode)
-    if (mode.query, mode.document) != (TEXT, TEXT):
-        raise ConfigError(f"retrieval_mode: rows are texts so far, t2t. Received: '{mode}'")
     specs = _to_specs(data)
     sources = [_source_of(spec, split, streaming) for spec in specs]
     mappings = [column_mapping if s.column_mapping is None else s.column_mapping for s in specs]
     for mapping in mappings:
-        normalise_mapping(mapping)
-    origins = [
-        _Origin(source.path, spec.query_prompt, spec.document_prompt)
-        for source, spec in zip(sources, specs, strict=True)
-    ]
-    if streaming:
-        return StreamingRecordDataset(
-            [_Stream(*each) for each in zip(sources, mappings, origins, strict=True)]
+        normalise_mapping(mapping, mode)
+    folders = _image_folders(specs, sources, mode, images)
+    is_checked = mode.has_images and (not streaming or quarantine or images.check == "decode")
+    rules = [
+        RowRules(
+            mode=mode,
+            column_mapping=tuple(sorted((mapping or {}).items())),
+            folder=folder,
+            limits=images.limits,
+            image_check=images.check if is_checked else None,
+            tolerant=quarantine is not None,
         )
+        for mapping, folder in zip(mappings, folders, strict=True)
+    ]
+    origins = [
+        Origin(source.files, mode, spec.query_prompt, spec.document_prompt, folder, images.limits)
+        for source, spec, folder in zip(sources, specs, folders, strict=True)
+    ]
+    each = list(zip(sources, rules, origins, strict=True))
+    if streaming:
+        return StreamingRecordDataset([_Stream(*one) for one in each], quarantine)
     parts = []
-    for number, (source, mapping) in enumerate(zip(sources, mappings, strict=True)):
-        progress = _ShareOfProgress(on_progress, number, len(sources))
-        parts.append(_Part(_stored_rows(source, mapping, progress), origins[number]))
+    for number, (source, rule, origin) in enumerate(each):
+        progress = ShareOfProgress(on_progress, number, len(each))
+        parts.append(store_rows(source, rule, origin, progress))
+        if quarantine is not None:
+            quarantine.admit(source.path, parts[-1].problems(), len(parts[-1].rows))
         progress(1.0)
     return RecordDataset(parts)
 
@@ -306,7 +306,7 @@ def split_holdout(dataset: RecordDataset | StreamingRecordDataset, ratio: float)
         raise DataError(
             "holdout_ratio: two different queries are needed to hold rows out. Received: "
             f"{len(ids)} row{'s' if len(ids) > 1 else ''} with the query "
-            f"{dataset[0].query.text!r}. Add rows, or give test_data_path"
+            f"{str(dataset[0].query)!r}. Add rows, or give test_data_path"
         )
     # Content ids spread evenly over 63 bits. The smallest is always held out, the largest never.
     held_out = ((ids < ratio * _ID_RANGE) | (ids == smallest)) & (ids != largest)
@@ -320,40 +320,60 @@ class _Stream:
     """One source, read anew on every pass."""
 
     source: Source
-    column_mapping: Mapping[str, str] | None
-    origin: _Origin
+    rules: RowRules
+    origin: Origin
 
-    def records(self) -> Iterator[Record]:
-        """Checked records; the first problem ends the reading.
+    def records(
+        self, needed: frozenset[str] = frozenset(), tally: Tally | None = None
+    ) -> Iterator[Record]:
+        """Checked records; the first problem ends the reading, unless the rules are tolerant.
+
+        Args:
+            needed: Fields that every row must have.
+            tally: Counts rows and problems.
 
         Raises:
             DataError: about a row that cannot be used, or if there are none.
         """
-        for line, row in _checked_rows(self.source, self.column_mapping, stop_at_first=True):
-            label = None if row.label is None else Item(text=row.label).content_id
-            yield _to_record(_to_columns(line, row), self.origin, label, 0)
+        for checked in checked_rows(self.source, self.rules, stop_at_first=True):
+            where = self.origin.where(checked.line, checked.file)
+            problem = record = None
+            if isinstance(checked.row, RowProblem):
+                problem = checked.row
+            else:
+                label = None if checked.row.label is None else Item(checked.row.label).content_id
+                row = checked.row.located(where) if self.rules.mode.has_images else checked.row
+                record = self.origin.record(row, where, label)
+                problem = _lacking(record, needed)
+            if problem is not None and not self.rules.tolerant:
+                raise DataError(problem.describe_at(where))
+            if tally is not None:
+                tally.rows += 1
+                if problem is not None:
+                    tally.add(problem, where)
+            if problem is None and record is not None:
+                yield record
+        if tally is not None:
+            tally.close()
+
+    def first_fields(self) -> frozenset[str]:
+        """The fields of the first row that can be used.
+
+        Raises:
+            DataError: if there is none.
+        """
+        first = next(self.records(), None)
+        if first is None:
+            raise DataError(f"{self.source.path}: no row of it can be used")
+        return first.fields
 
 
-class _ShareOfProgress:
-    """Progress of one source among several.
-
-    Among the arguments of a stored data set, which `datasets` hashes to find it again, this must
-    not count: whatever it holds, it pickles to the same bytes.
-    """
-
-    def __init__(
-        self, on_progress: OnProgress | None = None, number: int = 0, count: int = 1
-    ) -> None:
-        self._on_progress = on_progress
-        self._number = number
-        self._count = count
-
-    def __call__(self, done: float) -> None:
-        if self._on_progress is not None:
-            self._on_progress((self._number + done) / self._count)
-
-    def __reduce__(self) -> tuple[type[_ShareOfProgress], tuple[()]]:
-        return _ShareOfProgress, ()
+def _lacking(record: Record, needed: frozenset[str]) -> RowProblem | None:
+    absent = needed - record.fields
+    if not absent:
+        return None
+    rule = f"rows of a stream must have what its first row has: {', '.join(sorted(needed))}"
+    return RowProblem(min(absent), rule, advice="Fill it in, or leave it out of every row.")
 
 
 def _to_specs(data: DataChoice | Sequence[DataChoice]) -> list[DatasetSpec]:
@@ -389,140 +409,30 @@ def _source_of(spec: DatasetSpec, split: str, streaming: bool) -> Source:
     )
 
 
-def _checked_rows(
-    source: Source,
-    column_mapping: Mapping[str, str] | None,
-    *,
-    stop_at_first: bool = False,
-    progress: OnProgress | None = None,
-) -> Iterator[tuple[int, ParsedRow]]:
-    """The rows of a source with their lines; every one that has no problem.
-
-    Raises:
-        DataError: after the last row, or after enough problems, if there was a problem; or if there
-            was no row.
-    """
-    parser = RowParser(column_mapping, text_cells=source.text_cells)
-    problems = ProblemLog()
-    count = 0
-    for line, values, done in source.read():
-        count += 1
-        try:
-            if isinstance(values, RowProblem):
-                raise values
-            if count == 1 and source.has_header:
-                parser.check_columns(source.path, list(values))
-            yield line, parser.parse(values)
-        except RowProblem as problem:
-            problems.add(problem, f"{source.path}:{line}")
-            if problems.is_full or stop_at_first:
-                break
-        if progress is not None and count % _PROGRESS_ROWS == 0:
-            progress(done)
-    problems.raise_if_any()
-    if not count:
-        raise DataError(f"{source.path}: must have rows. Received: none")
-    parser.check_seen(source.path)
+def _image_folders(
+    specs: Sequence[DatasetSpec],
+    sources: Sequence[Source],
+    mode: RetrievalMode,
+    images: ImageRules,
+) -> list[ImageFolder | None]:
+    """What the image paths of each source are relative to."""
+    if not mode.has_images:
+        return [None] * len(sources)
+    folders = [
+        images.folder(source.image_root, root=spec.image_root)
+        for spec, source in zip(specs, sources, strict=True)
+    ]
+    roots = [folder.root for folder in folders if folder is not None]
+    return [None if folder is None else _told_apart(folder, roots) for folder in folders]
 
 
-def _stored_rows(
-    source: Source, column_mapping: Mapping[str, str] | None, progress: _ShareOfProgress
-) -> datasets.Dataset:
-    arguments = {
-        "source": source,
-        "column_mapping": tuple(sorted((column_mapping or {}).items())),
-        "code": _code_digest(),
-        "progress": progress,
-    }
-    try:
-        with _quiet_datasets():
-            return datasets.Dataset.from_generator(
-                _generate_columns, features=_FEATURES, gen_kwargs=arguments
-            )
-    except (OSError, datasets.exceptions.DatasetGenerationError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, DataError):
-            raise cause from None
-        if isinstance(cause, OSError):
-            raise DataError(
-                f"{source.path}: its rows cannot be stored in {datasets.config.HF_DATASETS_CACHE}: "
-                f"{cause}. Set HF_DATASETS_CACHE to a folder with room, or use streaming: true"
-            ) from None
-        raise
+def _told_apart(folder: ImageFolder, roots: Sequence[str]) -> ImageFolder:
+    """Two sets may both have a 1.jpg: what tells their folders apart goes before the path."""
+    inside = os.path.relpath(folder.root, os.path.commonpath(roots))
+    return folder if inside == "." else replace(folder, prefix=f"{inside}/")
 
 
-def _generate_columns(
-    source: Source,
-    column_mapping: tuple[tuple[str, str], ...],
-    code: str,  # part of the key under which the rows are stored
-    progress: _ShareOfProgress,
-) -> Iterator[dict[str, Any]]:
-    for line, row in _checked_rows(source, dict(column_mapping), progress=progress):
-        yield _to_columns(line, row)
-
-
-def _to_columns(line: int, row: ParsedRow) -> dict[str, Any]:
-    return {
-        "query": row.query,
-        "positive": list(row.positives) or None,
-        "negative": list(row.negatives) or None,
-        "label": row.label,
-        "score": row.score,
-        "teacher_scores": None if row.teacher_scores is None else list(row.teacher_scores),
-        "line": line,
-        "query_id": Item(text=row.query).content_id,
-        "content_hash": row.content_hash(),
-    }
-
-
-def _to_record(
-    values: Mapping[str, Any], origin: _Origin, label: int | None, row_index: int
-) -> Record:
-    scores = values["teacher_scores"]
-    return Record(
-        query=Item(text=values["query"]),
-        positives=tuple(Item(text=text) for text in values["positive"] or ()),
-        negatives=tuple(Item(text=text) for text in values["negative"] or ()),
-        label=label,
-        score=values["score"],
-        teacher_scores=None if scores is None else tuple(scores),
-        query_prompt=origin.query_prompt,
-        document_prompt=origin.document_prompt,
-        where=f"{origin.path}:{values['line']}",
-        row_index=row_index,
-    )
-
-
-def _fields_of(part: _Part) -> frozenset[str]:
-    return frozenset(name for name in FIELDS if part.column(name).null_count == 0)
-
-
-def _first_fields(stream: _Stream) -> frozenset[str]:
-    (first,) = islice(stream.records(), 1)
-    return first.fields
-
-
-def _label_names(parts: Sequence[_Part]) -> tuple[str, ...]:
+def _label_names(parts: Sequence[StoredRows]) -> tuple[str, ...]:
     names = {n for part in parts for n in part.column("label").unique().to_pylist()} - {None}
     numeric = all(name.removeprefix("-").isdecimal() for name in names)
     return tuple(sorted(names, key=(lambda name: (int(name), name)) if numeric else None))
-
-
-def _code_digest() -> str:
-    """Changes with the code that reads and checks rows: no other version's rows are served."""
-    names = ("dataset.py", "problems.py", "reading.py", "records.py", "sources.py")
-    paths = [*(Path(__file__).with_name(name) for name in names), Path(modes.__file__)]
-    files = [path.read_bytes() for path in paths]
-    return hashlib.blake2b(b"\0".join(files), digest_size=8).hexdigest()
-
-
-@contextmanager
-def _quiet_datasets() -> Iterator[None]:
-    """Without the progress bars of `datasets`, whose own state is put back afterwards."""
-    was_disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not was_disabled:
-            datasets.enable_progress_bars()

@@ -1,4 +1,4 @@
-"""What a data set is like: lengths in tokens, what is cut off, what is there twice."""
+"""What a data set is like: lengths in tokens, what is cut off, images, what is there twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from vembed.data.dataset import OnProgress, RecordDataset
+from vembed.data.checking import OnProgress
+from vembed.data.dataset import RecordDataset
+from vembed.data.image_inspection import ImageSummary, ImageTally
 from vembed.data.records import FIELDS, Record
 from vembed.modes import Item
 
@@ -51,7 +53,7 @@ class Finding:
 
     Attributes:
         count: Number of rows or items.
-        first: `file:line` of the first one; None when there is none.
+        first: `file:line` of the first one, and more where it says so; None when there is none.
     """
 
     count: int = 0
@@ -66,7 +68,10 @@ class Inspection:
         rows: Number of rows.
         field_counts: Rows that have each field.
         label_count: Number of different labels.
-        lengths: Lengths by role: query, positive, negative; roles that no row has are absent.
+        lengths: Lengths of texts by role: query, positive, negative; roles without are absent.
+        images: Images by role.
+        broken_images: Images that cannot be decoded; the first with what is wrong.
+        copied_images: Images with the bytes of another one: they do not count as duplicates.
         duplicate_rows: Rows that are the same as an earlier one in everything.
         repeated_queries: Rows whose query an earlier row has too.
         repeated_positives: Positives that are there earlier too.
@@ -78,6 +83,9 @@ class Inspection:
     field_counts: dict[str, int]
     label_count: int
     lengths: dict[str, LengthSummary]
+    images: dict[str, ImageSummary]
+    broken_images: Finding
+    copied_images: Finding
     duplicate_rows: Finding
     repeated_queries: Finding
     repeated_positives: Finding
@@ -115,16 +123,16 @@ def token_counter(processor: TokenizingProcessor) -> CountTokens:
 
 def inspect_records(
     dataset: RecordDataset,
-    count_tokens: CountTokens,
+    count_tokens: CountTokens | None = None,
     *,
-    max_seq_length: int,
+    max_seq_length: int = 0,
     on_progress: OnProgress | None = None,
 ) -> Inspection:
-    """Read every row and tell what the data set is like.
+    """Read every row, decode every image, and tell what the data set is like.
 
     Args:
         dataset: Checked rows.
-        count_tokens: Tokens of items; see `token_counter`.
+        count_tokens: Tokens of items with a text; see `token_counter`. None leaves lengths out.
         max_seq_length: Tokens that the model keeps of an item.
         on_progress: Told the share of rows that is read.
     """
@@ -148,6 +156,9 @@ def inspect_records(
             for role, lengths in tally.lengths.items()
             if lengths
         },
+        images=tally.images.summaries(),
+        broken_images=_finding(tally.images.broken),
+        copied_images=_finding(tally.images.copies),
         duplicate_rows=repeats(dataset.content_hashes, row_numbers),
         repeated_queries=repeats(dataset.query_ids, row_numbers),
         repeated_positives=repeats(tally.positive_ids, tally.positive_rows),
@@ -159,8 +170,9 @@ def inspect_records(
 class _Tally:
     """What is counted row by row."""
 
-    def __init__(self, count_tokens: CountTokens) -> None:
+    def __init__(self, count_tokens: CountTokens | None) -> None:
         self._count_tokens = count_tokens
+        self.images = ImageTally()
         self.fields: Counter[str] = Counter()
         self.lengths: dict[str, list[int]] = {"query": [], "positive": [], "negative": []}
         self.positive_ids: list[int] = []
@@ -188,9 +200,11 @@ class _Tally:
 
     def _measure(self, name: str, role: Role, pairs: Iterable[tuple[Item, str | None]]) -> None:
         listed = list(pairs)
-        if listed:
-            items = [item for item, _ in listed]
-            prompts = [prompt for _, prompt in listed]
+        self.images.add(name, (item.image for item, _ in listed if item.image is not None))
+        texts = [(item, prompt) for item, prompt in listed if item.text is not None]
+        if texts and self._count_tokens is not None:
+            items = [item for item, _ in texts]
+            prompts = [prompt for _, prompt in texts]
             self.lengths[name] += self._count_tokens(items, role, prompts)
 
 

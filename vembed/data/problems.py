@@ -19,7 +19,15 @@ class RowProblem(Exception):
     """One thing that is wrong in one row; turned into a DataError where file and line are known."""
 
     def __init__(
-        self, field: str, rule: str, received: str = "", *, place: str = "", advice: str = ""
+        self,
+        field: str,
+        rule: str,
+        received: str = "",
+        *,
+        place: str = "",
+        advice: str = "",
+        ends_reading: bool = False,
+        file: str = "",
     ) -> None:
         """Assign.
 
@@ -29,6 +37,8 @@ class RowProblem(Exception):
             received: What it is, as `describe` or `shorten` wrote it.
             place: The field as the file writes it (column, list position) when that says more.
             advice: What to do, as a sentence.
+            ends_reading: Whether nothing can be read behind it, so that it is no matter of one row.
+            file: The image file it is about; another state of it may be better.
         """
         super().__init__(f"{field}: {rule}")
         self.field = field
@@ -36,6 +46,8 @@ class RowProblem(Exception):
         self.received = received
         self.place = place or field
         self.advice = advice
+        self.ends_reading = ends_reading
+        self.file = file
 
     @property
     def kind(self) -> str:
@@ -44,9 +56,13 @@ class RowProblem(Exception):
 
     def describe_at(self, where: str) -> str:
         """The whole message. `where` is `file:line`, or the file."""
-        received = f" Received: {self.received}." if self.received else ""
         advice = f" {self.advice}" if self.advice else ""
-        return f"{where}: {self.place}: {self.rule}.{received}{advice}"
+        return f"{where}: {self.place}: {self.reason}{advice}"
+
+    @property
+    def reason(self) -> str:
+        """The rule and what was received."""
+        return f"{self.rule}.{f' Received: {self.received}.' if self.received else ''}"
 
 
 class ProblemLog:
@@ -72,15 +88,18 @@ class ProblemLog:
 
     def raise_if_any(self) -> None:
         """Raise one DataError about everything that was added, if anything was."""
-        if not self._total:
-            return
+        if self._total:
+            stopped = f" (stopped at {PROBLEM_LIMIT})" if self.is_full else ""
+            raise DataError(self.summary(stopped))
+
+    def summary(self, remark: str = "") -> str:
+        """The first problem, and of what kinds the others are; the remark goes with their count."""
         more = self._total - 1
-        if not more:
-            raise DataError(self._first)
+        if more <= 0:
+            return self._first
         kinds = "; ".join(f"{count} x {kind}" for kind, count in self._kinds.most_common())
         count = f"{more} more problem{'s' if more > 1 else ''}"
-        stopped = f" (stopped at {PROBLEM_LIMIT})" if self.is_full else ""
-        raise DataError(f"{self._first}\n  and {count}{stopped}: {kinds}")
+        return f"{self._first}\n  and {count}{remark}: {kinds}"
 
 
 def describe(value: Any) -> str:
@@ -89,6 +108,8 @@ def describe(value: Any) -> str:
         return "null"
     if isinstance(value, str):
         return f"{shorten(value, quote=True)} (a text)"
+    if isinstance(value, bytes):
+        return f"{len(value):,} bytes"
     kinds = {bool: "a boolean", int: "a number", float: "a number", dict: "an object"}
     if isinstance(value, list | tuple):
         kind = f"a list of {len(value)}"

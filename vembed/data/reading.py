@@ -6,7 +6,7 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,6 +21,7 @@ MAX_LINE_BYTES = 32 * 2**20
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _PARQUET_BATCH_ROWS = 1000
+_IMAGE_BATCH_ROWS = 32
 
 BinaryFile = BinaryIO | gzip.GzipFile
 
@@ -31,12 +32,14 @@ class RawRow(NamedTuple):
     Attributes:
         line: Line number from 1; for formats without lines, the row number from 1.
         values: Column to value, or what is wrong with the line.
-        done: Share of the file read so far, from 0 to 1.
+        done: Share of the source read so far, from 0 to 1.
+        file: Which of the source's files it is in, from 0.
     """
 
     line: int
     values: Mapping[str, Any] | RowProblem
     done: float
+    file: int = 0
 
 
 def read_jsonl(path: str) -> Iterator[RawRow]:
@@ -57,7 +60,7 @@ def read_jsonl(path: str) -> Iterator[RawRow]:
 
 def parse_json_line(raw: bytes) -> Mapping[str, Any] | RowProblem | None:
     """One line of a JSON Lines file: an object, what is wrong with it, or None when it is blank."""
-    text = _decode(raw)
+    text = decode_text(raw)
     if isinstance(text, RowProblem):
         return text
     text = text.strip()
@@ -97,6 +100,7 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
             try:
                 cells = next(reader, None)
             except RowProblem as problem:  # a line that is no text: what follows may be mid-cell
+                problem.ends_reading = True
                 yield RawRow(reader.line_num + 1, problem, done())
                 return
             except csv.Error as error:
@@ -122,7 +126,8 @@ def read_parquet(path: str) -> Iterator[RawRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             total, line = file.metadata.num_rows, 0
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+            rows = _PARQUET_BATCH_ROWS if _has_text_only(file.schema_arrow) else _IMAGE_BATCH_ROWS
+            for batch in file.iter_batches(batch_size=rows):
                 for values in batch.to_pylist():
                     line += 1
                     yield RawRow(line, values, line / total)
@@ -132,35 +137,77 @@ def read_parquet(path: str) -> Iterator[RawRow]:
         ) from None
 
 
+def _has_text_only(schema: Any) -> bool:
+    return "binary" not in str(schema)
+
+
 def read_beir(folder: str, split: str) -> Iterator[RawRow]:
     """Each query of a BEIR split with its relevant documents, in the order of queries.jsonl.
 
-    A document's text is its title, a space and its text. Only the relevant documents are held in
-    memory. `line` is the line of queries.jsonl.
+    The columns are `query_text` and `positive_text`, and `query_image` and `positive_image` where a
+    line has an `image`. A document's text is its title, a space and its text. Only the relevant
+    documents are held in memory. `line` is the line of queries.jsonl.
 
     Raises:
         DataError: if a file is missing or broken, or qrels name what is not there.
     """
     relevant = _read_qrels(folder, split)
     wanted = {document for documents in relevant.values() for document in documents}
-    texts: dict[str, str] = {}
+    found: dict[str, tuple[Any, Any]] = {}
     corpus = str(Path(folder, "corpus.jsonl"))
     for row in read_jsonl(corpus):
-        identifier, values = _identified(corpus, row)
+        where = f"{corpus}:{row.line}"
+        identifier, values = beir_entry(where, row.values)
         if identifier in wanted:
-            title, text = (_beir_text(corpus, row.line, values, f) for f in ("title", "text"))
-            texts[identifier] = f"{title} {text}".strip()
-    _check_known(folder, split, "document", wanted, texts)
+            found[identifier] = (beir_text(where, values), values.get("image"))
+    _check_known(folder, split, "document", wanted, found)
     queries = str(Path(folder, "queries.jsonl"))
     seen: set[str] = set()
     for row in read_jsonl(queries):
-        identifier, values = _identified(queries, row)
+        identifier, values = beir_entry(f"{queries}:{row.line}", row.values)
         if identifier in relevant:
             seen.add(identifier)
-            positives = [texts[document] for document in dict.fromkeys(relevant[identifier])]
-            pair = {"query": values.get("text"), "positive": positives}
-            yield RawRow(row.line, pair, row.done)
+            positives = [found[document] for document in dict.fromkeys(relevant[identifier])]
+            columns = {
+                "query_text": values.get("text"),
+                "query_image": values.get("image"),
+                "positive_text": [text for text, _ in positives],
+                "positive_image": [image for _, image in positives],
+            }
+            yield RawRow(row.line, columns, row.done)
     _check_known(folder, split, "query", set(relevant), seen)
+
+
+def beir_entry(where: str, values: Mapping[str, Any] | RowProblem) -> tuple[str, Mapping[str, Any]]:
+    """The id of a line of a BEIR folder, and the line.
+
+    Raises:
+        DataError: if the line is broken, or has no id.
+    """
+    if isinstance(values, RowProblem):
+        raise DataError(values.describe_at(where))
+    identifier = values.get("_id")
+    if not isinstance(identifier, str) or not identifier:
+        columns = "" if "_id" in values else f"; the line has {list_names(values)}"
+        raise DataError(
+            f"{where}: _id: a text that is not empty is expected. "
+            f"Received: {describe(identifier)}{columns}"
+        )
+    return identifier, values
+
+
+def beir_text(where: str, values: Mapping[str, Any]) -> str | None:
+    """The text of a line of a BEIR folder, its title, a space and its text; None without both.
+
+    Raises:
+        DataError: if one of them is no text.
+    """
+    parts = {name: values.get(name) for name in ("title", "text")}
+    for name, part in parts.items():
+        if part is not None and not isinstance(part, str):
+            raise DataError(f"{where}: {name}: a text is expected. Received: {describe(part)}")
+    given = [part for part in parts.values() if part is not None]
+    return " ".join(given).strip() if given else None
 
 
 @contextmanager
@@ -195,6 +242,7 @@ def _bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]
                     f"must not be longer than {MAX_LINE_BYTES // 2**20} MB",
                     shorten(repr(raw[:80])),
                     advice="Write one object per line, and shorten its texts.",
+                    ends_reading=True,
                 ),
             )
             return
@@ -203,13 +251,14 @@ def _bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]
 
 def _text_lines(file: BinaryFile) -> Iterator[str]:
     for _, raw in _bounded_lines(file):
-        text = raw if isinstance(raw, RowProblem) else _decode(raw)
+        text = raw if isinstance(raw, RowProblem) else decode_text(raw)
         if isinstance(text, RowProblem):
             raise text
         yield text
 
 
-def _decode(raw: bytes) -> str | RowProblem:
+def decode_text(raw: bytes) -> str | RowProblem:
+    """Bytes that must be UTF-8 as a text, or what is wrong with them."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -229,6 +278,7 @@ def _csv_problem(error: csv.Error) -> RowProblem:
         "must be a row of cells, each either without quotes or quoted whole",
         str(error),
         advice="Quote the cell, double the quotes in it, and close it.",
+        ends_reading=True,
     )
 
 
@@ -268,7 +318,7 @@ def _read_qrels(folder: str, split: str) -> dict[str, list[str]]:
     relevant: dict[str, list[str]] = {}
     with _open_binary(str(path)) as (file, _):
         for line, raw in _bounded_lines(file):
-            text = raw if isinstance(raw, RowProblem) else _decode(raw)
+            text = raw if isinstance(raw, RowProblem) else decode_text(raw)
             judgement = text if isinstance(text, RowProblem) else _judgement(line, text)
             if isinstance(judgement, RowProblem):
                 raise DataError(judgement.describe_at(f"{path}:{line}"))
@@ -294,27 +344,8 @@ def _judgement(line: int, text: str) -> tuple[str, str] | RowProblem | None:
     return (query, document) if relevance > 0 else None
 
 
-def _identified(path: str, row: RawRow) -> tuple[str, Mapping[str, Any]]:
-    where = f"{path}:{row.line}"
-    if isinstance(row.values, RowProblem):
-        raise DataError(row.values.describe_at(where))
-    identifier = row.values.get("_id")
-    if not isinstance(identifier, str) or not identifier:
-        raise DataError(
-            f"{where}: _id: a text that is not empty is expected. Received: {describe(identifier)}"
-        )
-    return identifier, row.values
-
-
-def _beir_text(path: str, line: int, values: Mapping[str, Any], field: str) -> str:
-    text = values.get(field, "")
-    if not isinstance(text, str):
-        raise DataError(f"{path}:{line}: {field}: a text is expected. Received: {describe(text)}")
-    return text
-
-
 def _check_known(
-    folder: str, split: str, kind: str, named: set[str], known: set[str] | dict[str, str]
+    folder: str, split: str, kind: str, named: set[str], known: Collection[str]
 ) -> None:
     unknown = sorted(named.difference(known))
     if unknown:

@@ -5,37 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from vembed.data.cells import CellReader, read_text
+from vembed.data.columns import (
+    built_in_columns,
+    field_columns,
+    field_of,
+    is_several,
+    normalise_mapping,
+)
 from vembed.data.problems import RowProblem, describe, list_names
-from vembed.errors import ConfigError, DataError
-from vembed.modes import Item
+from vembed.errors import DataError
+from vembed.modes import MULTIMODAL, TEXT, Item, RetrievalMode
 from vembed.registry import did_you_mean
 
 FIELDS = frozenset({"query", "positive", "negative", "label", "score", "teacher_scores"})
 """What a record can have; `query` it always has."""
-
-FIELD_COLUMNS: dict[str, tuple[str, ...]] = {
-    "query": ("query", "anchor", "text1", "sentence1", "text"),
-    "positive": ("positive", "pos", "text2", "sentence2"),
-    "negative": ("negative", "neg"),
-    "label": ("label",),
-    "score": ("score",),
-    "teacher_scores": ("teacher_scores",),
-    "positive_scores": ("positive_scores", "pos_scores"),
-    "negative_scores": ("negative_scores", "neg_scores"),
-}
-"""Column names that are understood without a column_mapping; the first one present is taken.
-
-Where a row can have several positives or negatives, `positive` also stands for `positives`,
-`positive_1`, `positive_2` ...: all of them are taken, in the order of the columns.
-"""
-
-_SEVERAL = frozenset({"positive", "negative"})
-_NUMBERED = re.compile(r"(?P<name>positive|negative|pos|neg)(?:s|_\d+)")
 
 
 @dataclass(frozen=True)
@@ -83,70 +71,97 @@ class Record:
 
 @dataclass(frozen=True)
 class ParsedRow:
-    """A checked row in the one form that is stored: plain texts and numbers."""
+    """A checked row: what is stored of it."""
 
-    query: str
-    positives: tuple[str, ...]
-    negatives: tuple[str, ...]
-    label: str | None
-    score: float | None
-    teacher_scores: tuple[float, ...] | None
+    query: Item
+    positives: tuple[Item, ...] = ()
+    negatives: tuple[Item, ...] = ()
+    label: str | None = None
+    score: float | None = None
+    teacher_scores: tuple[float, ...] | None = None
 
     def content_hash(self) -> int:
         """A 63-bit hash of everything in the row, the same in every process and run."""
-        parts = (self.query, self.positives, self.negatives)
-        content = repr((*parts, self.label, self.score, self.teacher_scores)).encode()
-        return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big") >> 1
+        parts = (
+            _content(self.query),
+            tuple(_content(item) for item in self.positives),
+            tuple(_content(item) for item in self.negatives),
+        )
+        content = repr((*parts, self.label, self.score, self.teacher_scores))
+        digest = hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
+
+    def items(self) -> Iterator[tuple[str, str, Item]]:
+        """Every item, with its field and its place in the row."""
+        for field, items in (
+            ("query", (self.query,)),
+            ("positive", self.positives),
+            ("negative", self.negatives),
+        ):
+            for number, item in enumerate(items):
+                yield field, place_of(field, number), item
+
+    def located(self, where: str) -> ParsedRow:
+        """The same row, whose images know where they are named.
+
+        Args:
+            where: `file:line` of the row.
+        """
+
+        def locate(field: str, items: tuple[Item, ...]) -> tuple[Item, ...]:
+            return tuple(
+                item.located(f"{where}: {place_of(field, number)}")
+                for number, item in enumerate(items)
+            )
+
+        (query,) = locate("query", (self.query,))
+        positives, negatives = (
+            locate(field, items)
+            for field, items in (("positive", self.positives), ("negative", self.negatives))
+        )
+        return replace(self, query=query, positives=positives, negatives=negatives)
 
 
-def normalise_mapping(column_mapping: Mapping[str, str] | None) -> dict[str, list[str]]:
-    """A column_mapping as field -> columns; `text1` and `positives` are other words for fields.
+def place_of(field: str, number: int) -> str:
+    """An item's place in its row, such as `positive[1]`."""
+    return field if field == "query" else f"{field}[{number}]"
 
-    Raises:
-        ConfigError: if a key is no field of ours, or a value no column name.
-    """
-    mapping: dict[str, list[str]] = {}
-    for key, column in (column_mapping or {}).items():
-        field = _field_of(key)
-        if field is None:
-            raise ConfigError(
-                f"column_mapping: {key!r} is no field of vembed{did_you_mean(key, FIELD_COLUMNS)}. "
-                f"Write {{our field: your column}}; fields: {', '.join(FIELD_COLUMNS)}"
-            )
-        if not isinstance(column, str) or not column:
-            raise ConfigError(
-                f"column_mapping: {key}: expected the name of a column. Received: {column!r}"
-            )
-        mapping.setdefault(field, []).append(column)
-        if field not in _SEVERAL and len(mapping[field]) > 1:
-            raise ConfigError(
-                f"column_mapping: {field} can come from one column only. "
-                f"Received: {list_names(mapping[field])}"
-            )
-    return mapping
+
+def _content(item: Item) -> Any:
+    return item.text if item.image is None else item.content
 
 
 class RowParser:
     """Checks rows and brings them into the one form."""
 
     def __init__(
-        self, column_mapping: Mapping[str, str] | None = None, *, text_cells: bool = False
+        self,
+        column_mapping: Mapping[str, str] | None = None,
+        *,
+        mode: RetrievalMode = RetrievalMode(TEXT, TEXT),  # noqa: B008 - frozen
+        cells: CellReader | None = None,
+        text_cells: bool = False,
     ) -> None:
         """Assign and check.
 
         Args:
-            column_mapping: Our field to the file's column; other fields go by `FIELD_COLUMNS`.
-            text_cells: Whether the file knows only text (CSV, TSV): numbers are then read from
-                text, and an empty cell is a missing value.
+            column_mapping: Our field to the file's column; other fields go by `field_columns`.
+            mode: Modality of queries and documents.
+            cells: Reads images; None reads those of bytes only.
+            text_cells: Whether the file knows only text (CSV, TSV): numbers and objects are then
+                read from text, and an empty cell is a missing value.
 
         Raises:
             ConfigError: if the mapping cannot be meant.
         """
-        self._mapping = normalise_mapping(column_mapping)
+        self._mode = mode
+        self._cells = cells or CellReader()
+        self._mapping = normalise_mapping(column_mapping, mode)
         self._text_cells = text_cells
         self._unseen = {column for columns in self._mapping.values() for column in columns}
         self._columns: tuple[str, ...] | None = None
         self._layout: dict[str, list[str]] = {}
+        self._places: dict[tuple[str, str], str] = {}
 
     def check_columns(self, path: str, columns: Sequence[str]) -> None:
         """Raise DataError if a mapped column is not among `columns`, which are all there are."""
@@ -169,28 +184,42 @@ class RowParser:
             RowProblem: about the first thing that is wrong in it.
         """
         self._look_at_columns(row)
-        query = self._query(row)
-        positives = self._texts(row, "positive")
-        negatives = self._texts(row, "negative")
+        queries = self._items(row, "query")
+        if not queries:
+            raise self._missing(row, "query")
+        positives = self._items(row, "positive")
+        negatives = self._items(row, "negative")
         label = self._label(row)
         if not positives and label is None:
             raise self._missing(row, "positive")
         score = self._number(row, "score")
         teacher_scores = self._teacher_scores(row, len(positives), len(negatives))
-        return ParsedRow(query, positives, negatives, label, score, teacher_scores)
+        return ParsedRow(queries[0], positives, negatives, label, score, teacher_scores)
 
     def _look_at_columns(self, row: Mapping[str, Any]) -> None:
         columns = tuple(row)
         if columns != self._columns:  # rows of one file almost always have the same columns
             self._columns = columns
-            self._layout = {field: self._columns_of(field, columns) for field in FIELD_COLUMNS}
+            known = field_columns(self._mode)
+            self._layout = {field: self._columns_of(field, columns) for field in known}
+            self._places = {
+                (field, column): self._place(field, column)
+                for field, named in self._layout.items()
+                for column in named
+            }
             self._unseen.difference_update(columns)
+
+    def _place(self, field: str, column: str) -> str:
+        """A column as messages name it."""
+        is_ours = field_of(column, self._mode) == field
+        return column if is_ours else f"{field} (column {column!r})"
 
     def _columns_of(self, field: str, columns: Sequence[str]) -> list[str]:
         if field in self._mapping:
             return [column for column in self._mapping[field] if column in columns]
         taken = {column for named in self._mapping.values() for column in named}
-        return _built_in_columns([column for column in columns if column not in taken], field)
+        free = [column for column in columns if column not in taken]
+        return built_in_columns(free, field, self._mode)
 
     def _field_mapped_to(self, column: str) -> tuple[str, str]:
         return next(field for field, named in self._mapping.items() if column in named), column
@@ -201,19 +230,48 @@ class RowParser:
             value = row[column]
             if value is None or (self._text_cells and value == ""):
                 continue
-            place = column if _field_of(column) == field else f"{field} (column {column!r})"
-            if field in _SEVERAL and isinstance(value, list | tuple):
+            place = self._places[field, column]
+            if is_several(field) and isinstance(value, list | tuple):
                 yield from ((f"{place}[{i}]", element) for i, element in enumerate(value))
             else:
                 yield place, value
 
-    def _query(self, row: Mapping[str, Any]) -> str:
-        for place, value in self._values(row, "query"):
-            return _check_text("query", place, value)
-        raise self._missing(row, "query")
+    def _items(self, row: Mapping[str, Any], field: str) -> tuple[Item, ...]:
+        """The items of a field, none where it is absent."""
+        modality = self._mode.query if field == "query" else self._mode.document
+        if modality == MULTIMODAL:
+            return self._items_of_both(row, field)
+        values = self._values(row, field)
+        return tuple(self._cells.item(modality, v, field=field, place=p) for p, v in values)
 
-    def _texts(self, row: Mapping[str, Any], field: str) -> tuple[str, ...]:
-        return tuple(_check_text(field, place, value) for place, value in self._values(row, field))
+    def _items_of_both(self, row: Mapping[str, Any], field: str) -> tuple[Item, ...]:
+        """Items of text and image: objects in one column, or the parts in two."""
+        whole = list(self._objects(row, field))
+        texts, images = (list(self._values(row, f"{field}_{part}")) for part in ("text", "image"))
+        # A column such as `query` holds the text where the image has a column of its own.
+        texts = texts or whole
+        has_objects = any(isinstance(value, Mapping) for _, value in whole)
+        if has_objects or (whole and not self._layout[f"{field}_image"]):
+            return tuple(self._cells.item(MULTIMODAL, v, field=field, place=p) for p, v in whole)
+        if len(texts) != len(images):
+            raise RowProblem(
+                field,
+                "as many texts as images are expected",
+                f"{len(texts)} texts and {len(images)} images",
+                advice="Both are needed for every item.",
+            )
+        return tuple(
+            self._cells.pair(text, image, field=field, places=(text_place, image_place))
+            for (text_place, text), (image_place, image) in zip(texts, images, strict=True)
+        )
+
+    def _objects(self, row: Mapping[str, Any], field: str) -> Iterator[tuple[str, Any]]:
+        """The values of a column of items; in CSV, objects are written as JSON."""
+        for place, value in self._values(row, field):
+            if self._text_cells and value.lstrip().startswith("{"):
+                yield place, self._json_in_cell(value)
+            else:
+                yield place, value
 
     def _label(self, row: Mapping[str, Any]) -> str | None:
         for place, value in self._values(row, "label"):
@@ -227,7 +285,7 @@ class RowParser:
                     place=place,
                     advice="A similarity is a score: column_mapping {score: label}.",
                 )
-            return _check_text("label", place, value)
+            return read_text(value, field="label", place=place)
         return None
 
     def _number(self, row: Mapping[str, Any], field: str) -> float | None:
@@ -252,7 +310,7 @@ class RowParser:
     def _numbers(self, row: Mapping[str, Any], field: str) -> tuple[float, ...] | None:
         """The numbers of a field that holds a list of them; None where there is no such field."""
         for place, value in self._values(row, field):
-            values = self._list_in_cell(value) if self._text_cells else value
+            values = self._json_in_cell(value) if self._text_cells else value
             if not isinstance(values, list | tuple):
                 values = [values]
             return tuple(
@@ -261,8 +319,8 @@ class RowParser:
             )
         return None
 
-    def _list_in_cell(self, cell: str) -> Any:
-        """A cell of a CSV file that may hold a JSON list of numbers."""
+    def _json_in_cell(self, cell: str) -> Any:
+        """A cell of a CSV file that may hold JSON."""
         try:
             return json.loads(cell)
         except (ValueError, RecursionError):
@@ -298,73 +356,29 @@ class RowParser:
 
     def _missing(self, row: Mapping[str, Any], field: str) -> RowProblem:
         columns = list(row)
-        if self._layout[field]:
-            column = self._layout[field][0]
-            received = "an empty cell" if self._text_cells else describe(row[column])
+        parts = [
+            name for name in (field, f"{field}_text", f"{field}_image") if name in self._layout
+        ]
+        found = [column for part in parts for column in self._layout[part]]
+        if found:
+            received = "an empty cell" if self._text_cells else describe(row[found[0]])
             advice = "Fill it in, or remove the row."
-            return RowProblem(field, "must not be empty", received, place=column, advice=advice)
-        if field in self._mapping:
-            column = self._mapping[field][0]
+            return RowProblem(field, "must not be empty", received, place=found[0], advice=advice)
+        mapped = [column for part in parts for column in self._mapping.get(part, ())]
+        if mapped:
             return RowProblem(
                 field,
-                f"column_mapping names column {column!r}, which the row does not have",
+                f"column_mapping names column {mapped[0]!r}, which the row does not have",
                 f"columns {list_names(columns)}",
-                advice=_nearest(column, columns),
+                advice=_nearest(mapped[0], columns),
             )
+        example = ", ".join(f"{part}: your_column" for part in parts[1:] or parts)
         return RowProblem(
             field,
             "no column for it" + (", and none for label" if field == "positive" else ""),
             f"columns {list_names(columns)}",
-            advice=f"Name yours with column_mapping: {{{field}: your_column}}"
-            f"{did_you_mean(field, columns)}.",
+            advice=f"Name yours with column_mapping: {{{example}}}{did_you_mean(field, columns)}.",
         )
-
-
-def _field_of(name: str) -> str | None:
-    """The field that a built-in column name stands for."""
-    if not isinstance(name, str):
-        return None
-    numbered = _NUMBERED.fullmatch(name)
-    name = numbered["name"] if numbered else name
-    return next((field for field, names in FIELD_COLUMNS.items() if name in names), None)
-
-
-def _built_in_columns(columns: Sequence[str], field: str) -> list[str]:
-    for name in FIELD_COLUMNS[field]:
-        found = [column for column in columns if column == name or _is_numbered(column, name)]
-        if found:
-            return found
-    return []
-
-
-def _is_numbered(column: str, name: str) -> bool:
-    match = _NUMBERED.fullmatch(column)
-    return match is not None and match["name"] == name
-
-
-def _check_text(field: str, place: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise RowProblem(field, "a text is expected", describe(value), place=place)
-    if not value.strip():
-        raise RowProblem(
-            field,
-            "must not be empty",
-            describe(value),
-            place=place,
-            advice="Fill it in, or remove the row.",
-        )
-    if "\0" in value:
-        raise RowProblem(field, "must not contain NUL characters", describe(value), place=place)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowProblem(
-            field,
-            "must be valid Unicode",
-            f"half of a surrogate pair at character {error.start} of {describe(value)}",
-            place=place,
-        ) from None
-    return value
 
 
 def _no_such_column(path: str, mapped: tuple[str, str], columns: Sequence[str]) -> str:

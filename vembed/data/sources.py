@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
 
 from vembed.data.problems import list_names, shorten
 from vembed.data.reading import RawRow, read_beir, read_csv, read_jsonl, read_parquet
+from vembed.data.shards import read_shards
 from vembed.errors import ConfigError, DataError
 from vembed.registry import did_you_mean
 
@@ -26,7 +29,8 @@ FILE_READERS: dict[str, Callable[[str], Iterator[RawRow]]] = {
 
 _ARROW_MARKERS = ("dataset_info.json", "dataset_dict.json")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
-_STREAM_BATCH_ROWS = 100
+_SHARD_ENDING = ".tar"
+_BATCH_ROWS = 100
 
 Stamp = tuple[Any, ...]
 
@@ -36,6 +40,9 @@ class Source(Protocol):
 
     Attributes:
         path: What the user wrote; errors start with it.
+        files: The files that `RawRow.file` counts.
+        image_root: Folder that image paths are relative to unless the user names one; None where
+            there is none.
         text_cells: Whether every value is a text, as in CSV.
         has_header: Whether every row has the same columns.
         stamp: Changes whenever the rows may have changed.
@@ -43,6 +50,10 @@ class Source(Protocol):
 
     @property
     def path(self) -> str: ...  # noqa: D102
+    @property
+    def files(self) -> tuple[str, ...]: ...  # noqa: D102
+    @property
+    def image_root(self) -> str | None: ...  # noqa: D102
     @property
     def text_cells(self) -> bool: ...  # noqa: D102
     @property
@@ -59,6 +70,16 @@ class FileSource:
     path: str
     ending: str
     stamp: Stamp
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The file itself."""
+        return (self.path,)
+
+    @property
+    def image_root(self) -> str:
+        """The file's folder."""
+        return os.path.dirname(self.path) or "."
 
     @property
     def text_cells(self) -> bool:
@@ -85,6 +106,16 @@ class BeirSource:
     text_cells: bool = False
     has_header: bool = True
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Where the queries are."""
+        return (self.path,)
+
+    @property
+    def image_root(self) -> str:
+        """The BEIR folder."""
+        return os.path.dirname(self.path)
+
     def read(self) -> Iterator[RawRow]:
         """One row for each query of the split."""
         return read_beir(str(Path(self.path).parent), self.split)
@@ -99,6 +130,16 @@ class ArrowSource:
     stamp: Stamp
     text_cells: bool = False
     has_header: bool = True
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The folder."""
+        return (self.path,)
+
+    @property
+    def image_root(self) -> str:
+        """The folder itself."""
+        return self.path
 
     def read(self) -> Iterator[RawRow]:
         """The rows of the folder."""
@@ -116,17 +157,48 @@ class HubSource:
     text_cells: bool = False
     has_header: bool = True
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The hub id."""
+        return (self.path,)
+
+    @property
+    def image_root(self) -> None:
+        """Rows of the hub hold their images themselves."""
+        return None
+
     def read(self) -> Iterator[RawRow]:
         """The rows of the split, downloaded first unless streaming."""
         dataset = _load_hub(self.path, self.split, self.streaming)
         return _stream_of(dataset) if self.streaming else _rows_of(dataset)
 
 
+@dataclass(frozen=True)
+class TarSource:
+    """Tar shards in the layout of webdataset; see `read_shards`."""
+
+    path: str
+    files: tuple[str, ...]
+    stamp: Stamp
+    text_cells: bool = False
+    has_header: bool = False
+
+    @property
+    def image_root(self) -> str:
+        """The folder of the shards."""
+        return os.path.commonpath([os.path.dirname(file) for file in self.files])
+
+    def read(self) -> Iterator[RawRow]:
+        """The samples of all shards."""
+        return read_shards(self.files)
+
+
 def find_source(path: str, *, split: str, own_split: bool, streaming: bool) -> Source:
     """What `path` stands for.
 
     Args:
-        path: A file, an Arrow folder, a BEIR folder, or a hub id (`owner/name[:config]`).
+        path: A file, tar shards (`shards-*.tar`), an Arrow folder, a BEIR folder, or a hub id
+            (`owner/name[:config]`).
         split: Which rows of a folder or hub data set.
         own_split: Whether the user asked for this split, rather than it being the default.
         streaming: Whether a hub data set is read without downloading it first.
@@ -136,6 +208,8 @@ def find_source(path: str, *, split: str, own_split: bool, streaming: bool) -> S
         ConfigError: if a split is asked of a single file.
     """
     local = Path(path).expanduser()
+    if path.lower().endswith(_SHARD_ENDING) and not local.is_dir():
+        return _find_shards(path, local, split if own_split else None)
     if local.is_dir():
         return _find_folder(path, local, split)
     if local.is_file():
@@ -147,26 +221,43 @@ def find_source(path: str, *, split: str, own_split: bool, streaming: bool) -> S
     raise DataError(_not_there(path, local))
 
 
+_HINTS = {
+    ".json": "; a .json file is one value: write one object per line and name it .jsonl",
+    ".tgz": "; a compressed tar cannot be read in places: unpack it to .tar",
+    ".tar.gz": "; a compressed tar cannot be read in places: unpack it to .tar",
+}
+
+
 def _find_file(path: str, local: Path, split: str | None) -> FileSource:
     ending = _ending_of(path)
     if ending is None:
-        hint = (
-            "; a .json file is one value: write one object per line and name it .jsonl"
-            if local.suffix.lower() == ".json"
-            else ""
-        )
+        hint = next((h for end, h in _HINTS.items() if path.lower().endswith(end)), "")
         raise DataError(
-            f"{path}: the file's ending must be one of {', '.join(FILE_READERS)}. "
-            f"Received: {local.suffix!r}{hint}"
+            f"{path}: the file's ending must be one of {', '.join(FILE_READERS)}, "
+            f"{_SHARD_ENDING}. Received: {local.suffix!r}{hint}"
         )
+    _refuse_split(path, split)
+    if local.stat().st_size == 0:
+        raise DataError(f"{path}: must have rows. Received: an empty file")
+    return FileSource(str(local), ending, _stamp([local]))
+
+
+def _refuse_split(path: str, split: str | None) -> None:
     if split is not None:
         raise ConfigError(
             f"{path}: split: a single file has no splits. Received: {split!r}. "
             "Leave split out, or give the file of that split as the path"
         )
-    if local.stat().st_size == 0:
-        raise DataError(f"{path}: must have rows. Received: an empty file")
-    return FileSource(str(local), ending, _stamp([local]))
+
+
+def _find_shards(path: str, local: Path, split: str | None) -> TarSource:
+    _refuse_split(path, split)
+    files = [str(local)] if local.is_file() else sorted(glob(str(local)))
+    if not files:
+        hint = " Write a pattern as in shards-*.tar." if "{" in path else ""
+        raise DataError(f"{_not_there(path, local)}{hint}")
+    # Absolute, because members are read later, in workers.
+    return TarSource(path, tuple(map(os.path.abspath, files)), _stamp([Path(f) for f in files]))
 
 
 def _find_folder(path: str, local: Path, split: str) -> Source:
@@ -254,16 +345,21 @@ def _load_hub(path: str, split: str, streaming: bool) -> Any:
 
 
 def _rows_of(dataset: Any) -> Iterator[RawRow]:
-    total = len(dataset)
-    for row, values in enumerate(dataset, 1):
-        yield RawRow(row, values, row / total)
+    total, row = len(dataset), 0
+    # As Arrow: otherwise `datasets` would decode every image.
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+        for values in table.to_pylist():
+            row += 1
+            yield RawRow(row, values, row / total)
 
 
 def _stream_of(dataset: Any) -> Iterator[RawRow]:
     # Iterating over single rows inside a DataLoader worker, `datasets` would give each worker only
     # some of the shards; by batches it gives all rows, of which the loader picks its own.
+    if dataset.features is not None:
+        dataset = dataset.decode(False)
     row = 0
-    for batch in dataset.iter(batch_size=_STREAM_BATCH_ROWS):
+    for batch in dataset.iter(batch_size=_BATCH_ROWS):
         columns = list(batch)
         for values in zip(*batch.values(), strict=True):
             row += 1

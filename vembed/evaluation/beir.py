@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vembed.data import ImageRules
+from vembed.data.cells import CellReader, read_text
+from vembed.data.checking import require_images
 from vembed.data.problems import RowProblem, describe, list_names
-from vembed.data.reading import read_jsonl
+from vembed.data.reading import beir_entry, beir_text, read_jsonl
 from vembed.errors import DataError
+from vembed.images import ImageFile
+from vembed.modes import IMAGE, TEXT, Item, RetrievalMode
 
 CORPUS_FILE = "corpus.jsonl"
 QUERIES_FILE = "queries.jsonl"
@@ -23,10 +28,10 @@ Qrels = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class BeirData:
-    """Texts by id, and the judgements of one split."""
+    """Items by id, and the judgements of one split."""
 
-    queries: dict[str, str]
-    corpus: dict[str, str]
+    queries: dict[str, Item]
+    corpus: dict[str, Item]
     qrels: Qrels
 
 
@@ -35,28 +40,47 @@ def is_beir_folder(path: str | Path) -> bool:
     return (Path(path) / CORPUS_FILE).is_file()
 
 
-def read_beir(folder: str | Path, *, split: str = "test") -> BeirData:
-    """Read a BEIR folder. A document is its title, a space and its text, as in BEIR.
+def read_beir(
+    folder: str | Path,
+    *,
+    split: str = "test",
+    retrieval_mode: str | RetrievalMode = "t2t",
+    images: ImageRules = ImageRules(),  # noqa: B008 - frozen
+) -> BeirData:
+    """Read a BEIR folder.
+
+    A document's text is its title, a space and its text, as in BEIR. Images are paths in `image`,
+    relative to the folder unless the rules name another; all are looked at before this returns.
+
+    Args:
+        folder: Holds `corpus.jsonl`, `queries.jsonl` and `qrels/`.
+        split: Which `qrels/SPLIT.tsv`.
+        retrieval_mode: Modality of queries and documents.
+        images: Where images are, and what they are held to.
 
     Returns:
         All documents, the queries that `split` judges, and its judgements.
 
     Raises:
         DataError: at `file:line`, for a missing file, text that is not UTF-8, a broken or repeated
-            entry, a judgement of an unknown query or document, or an empty query.
+            entry, a judgement of an unknown query or document, an empty query, or an image that
+            cannot be used.
     """
     folder = Path(folder)
-    corpus = _read_texts(folder / CORPUS_FILE, with_title=True)
-    queries = _read_texts(folder / QUERIES_FILE, with_title=False)
+    mode = RetrievalMode.parse(retrieval_mode)
+    cells = CellReader(images.folder(str(folder)) if mode.has_images else None, images.limits)
+    corpus = _read_items(folder / CORPUS_FILE, mode.document, cells, with_title=True)
+    queries = _read_items(folder / QUERIES_FILE, mode.query, cells, with_title=False)
     qrels = _read_qrels(folder, split, queries, corpus)
     judged = {query_id: queries[query_id] for query_id in queries if query_id in qrels}
+    require_images([*judged.values(), *corpus.values()], decode=images.check == "decode")
     return BeirData(judged, corpus, qrels)
 
 
 def write_beir(
     folder: str | Path,
-    queries: Mapping[str, str],
-    corpus: Mapping[str, str],
+    queries: Mapping[str, str | Item],
+    corpus: Mapping[str, str | Item],
     qrels: Mapping[str, Mapping[str, int]],
     *,
     split: str = "test",
@@ -65,16 +89,17 @@ def write_beir(
 
     Args:
         folder: Made when missing; files of the same name are replaced.
-        queries: Query id to text.
-        corpus: Document id to text; the title is left empty.
+        queries: Query id to text or item. Of an image, the path is written; the file stays where it
+            is.
+        corpus: Document id to text or item; the title is left empty.
         qrels: Query id to document id to relevance grade.
         split: Name of the file under `qrels/`.
     """
     folder = Path(folder)
     (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    documents = ({"_id": key, "title": "", "text": text} for key, text in corpus.items())
+    documents = ({"_id": key, "title": "", **_columns(item)} for key, item in corpus.items())
     _write_lines(folder / CORPUS_FILE, (json.dumps(row, ensure_ascii=False) for row in documents))
-    asked = ({"_id": key, "text": text} for key, text in queries.items())
+    asked = ({"_id": key, **_columns(item)} for key, item in queries.items())
     _write_lines(folder / QUERIES_FILE, (json.dumps(row, ensure_ascii=False) for row in asked))
     judged = (
         f"{query_id}\t{document_id}\t{grade}"
@@ -96,38 +121,53 @@ def _write_lines(path: Path, lines: Iterator[str]) -> None:
         file.writelines(f"{line}\n" for line in lines)
 
 
-def _read_texts(path: Path, *, with_title: bool) -> dict[str, str]:
-    texts: dict[str, str] = {}
+def _columns(item: str | Item) -> dict[str, str]:
+    if isinstance(item, str):
+        return {"text": item}
+    columns = {"text": item.text or ""}
+    if isinstance(item.image, ImageFile):
+        columns["image"] = item.image.path
+    elif item.image is not None:
+        raise DataError(f"a BEIR folder holds images as files. Received: {item.image}")
+    return columns
+
+
+def _read_items(
+    path: Path, modality: str, cells: CellReader, *, with_title: bool
+) -> dict[str, Item]:
+    items: dict[str, Item] = {}
     for row in read_jsonl(str(path)):
         where = f"{path}:{row.line}"
-        if isinstance(row.values, RowProblem):
-            raise DataError(row.values.describe_at(where))
-        key, text = _string(where, row.values, "_id"), _string(where, row.values, "text")
-        if with_title:
-            title = _string(where, row.values, "title") if row.values.get("title") else ""
-            text = f"{title} {text}".strip()
-        elif not text.strip():
-            raise DataError(
-                f"{where}: text: must not be empty. Received: {text!r}. Remove the line"
-            )
-        if key in texts:
+        key, values = beir_entry(where, row.values)
+        text = beir_text(where, values) if with_title else values.get("text")
+        try:
+            item = _item(text, values, modality, cells)
+            if modality == TEXT and not with_title:
+                read_text(item.text, field="text", place="text")
+        except RowProblem as problem:
+            raise DataError(problem.describe_at(where)) from None
+        if key in items:
             raise DataError(f"{where}: _id: must be unique. Received: {key!r} a second time")
-        texts[key] = text
-    if not texts:
+        items[key] = item.located(f"{where}: image")
+    if not items:
         raise DataError(f"{path}: must hold one JSON object per line. Received: no lines")
-    return texts
+    return items
 
 
-def _string(where: str, row: Mapping[str, Any], key: str) -> str:
-    value = row.get(key)
-    if isinstance(value, str):
-        return value
-    columns = "" if key in row else f"; the line has {list_names(row)}"
-    raise DataError(f"{where}: {key}: a text is expected. Received: {describe(value)}{columns}")
+def _item(text: Any, values: Mapping[str, Any], modality: str, cells: CellReader) -> Item:
+    if modality == IMAGE:
+        return cells.item(IMAGE, values.get("image"), field="image", place="image")
+    if modality != TEXT:
+        return cells.pair(text, values.get("image"), field="item", places=("text", "image"))
+    if values.get("text") is None:
+        received = describe(None) if "text" in values else f"a line with {list_names(values)}"
+        raise RowProblem("text", "a text is expected", received)
+    # Documents of no text at all are there in BEIR's own sets.
+    return Item(text)
 
 
 def _read_qrels(
-    folder: Path, split: str, queries: Mapping[str, str], corpus: Mapping[str, str]
+    folder: Path, split: str, queries: Collection[str], corpus: Collection[str]
 ) -> Qrels:
     path = _qrels_path(folder, split)
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""Labelled texts: are the nearest neighbours of a text of its own class?"""
+"""Labelled items: are the nearest neighbours of an item of its own class?"""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class LabelledTask:
         )
 
     def describe(self) -> dict[str, int]:
-        """Number of texts and labels."""
-        return {"texts": len(self.items), "labels": len(np.unique(self._labels))}
+        """Number of items and labels."""
+        return {self._noun: len(self.items), "labels": len(np.unique(self._labels))}
 
     def evaluate(self, encode: Encode) -> EvalResult:
         """Encode all items as documents and look at their neighbours.
@@ -85,7 +85,13 @@ class LabelledTask:
             "knn@1": right[:, 0].astype(np.float64),
             "p@10": right[:, :candidates].mean(axis=1),
         }
-        return mean_result(self.name, items="texts", headline=HEADLINE, per_item=per_item)
+        return mean_result(self.name, items=self._noun, headline=HEADLINE, per_item=per_item)
+
+    @property
+    def _noun(self) -> str:
+        if all(item.image is None for item in self.items):
+            return "texts"
+        return "images" if all(item.text is None for item in self.items) else "items"
 
     def _judge(self, block: range) -> Judgements:
         own = np.arange(block.start, block.stop)

@@ -8,7 +8,6 @@ import numpy as np
 
 from vembed.errors import ConfigError
 from vembed.evaluation.results import EvalResult, Rankings
-from vembed.modes import Item
 
 
 @dataclass(frozen=True)
@@ -16,7 +15,7 @@ class MovedQuery:
     """One query whose right answer changed its rank.
 
     Attributes:
-        query: Its text.
+        query: Its text, or where its image is.
         right_answer: The relevant document that stands highest after.
         rank_before: Rank of the highest relevant document before, from 1.
         rank_after: The same after.
@@ -82,14 +81,10 @@ def moved_queries(before: EvalResult, after: EvalResult, n: int = 5) -> MovedQue
 
 def _show(query: int, before: Rankings, after: Rankings) -> MovedQuery:
     return MovedQuery(
-        query=_text(after.queries[query]),
-        right_answer=_text(after.documents[after.neighbours.right_document_Q[query]]),
+        query=str(after.queries[query]),
+        right_answer=str(after.documents[after.neighbours.right_document_Q[query]]),
         rank_before=int(before.neighbours.right_rank_Q[query]),
         rank_after=int(after.neighbours.right_rank_Q[query]),
-        top_before=_text(before.documents[before.neighbours.documents_QK[query, 0]]),
-        top_after=_text(after.documents[after.neighbours.documents_QK[query, 0]]),
+        top_before=str(before.documents[before.neighbours.documents_QK[query, 0]]),
+        top_after=str(after.documents[after.neighbours.documents_QK[query, 0]]),
     )
-
-
-def _text(item: Item) -> str:
-    return " ".join(part for part in (item.text, item.image) if part)

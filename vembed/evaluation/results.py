@@ -101,7 +101,7 @@ def encode_checked(encode: Encode, items: Sequence[Item], role: Role) -> NDArray
         )
     broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(broken):
-        shown = repr((items[broken[0]].text or items[broken[0]].image or "")[:80])
+        shown = repr(str(items[broken[0]])[:80])
         raise VembedError(
             f"evaluation: the model gave NaN or infinity for {len(broken)} of {len(items)} items, "
             f"the first is {shown}; the weights have diverged, or the precision is too low"

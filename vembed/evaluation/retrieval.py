@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vembed.data import ImageRules
 from vembed.data.records import Record
 from vembed.errors import DataError
 from vembed.evaluation.beir import Qrels, read_beir
 from vembed.evaluation.metrics import compute_metrics, parse_metric
 from vembed.evaluation.results import Encode, EvalResult, Rankings, encode_checked, mean_result
 from vembed.evaluation.search import Judgements, Neighbours, find_neighbours
-from vembed.modes import Item
+from vembed.modes import Item, RetrievalMode
 
 HEADLINE = ("ndcg@10", "mrr@10", "recall@1", "recall@10")
 RETRIEVAL_METRICS = (
@@ -84,16 +85,17 @@ class RetrievalTask:
 
     @classmethod
     def from_beir(
-        cls, folder: str | Path, *, split: str = "test", name: str | None = None
+        cls,
+        folder: str | Path,
+        *,
+        split: str = "test",
+        name: str | None = None,
+        retrieval_mode: str | RetrievalMode = "t2t",
+        images: ImageRules = ImageRules(),  # noqa: B008 - frozen
     ) -> RetrievalTask:
         """A task from a BEIR folder; see `read_beir` for the layout and its errors."""
-        data = read_beir(folder, split=split)
-        return cls(
-            {key: Item(text) for key, text in data.queries.items()},
-            {key: Item(text) for key, text in data.corpus.items()},
-            data.qrels,
-            name=name or Path(folder).name,
-        )
+        data = read_beir(folder, split=split, retrieval_mode=retrieval_mode, images=images)
+        return cls(data.queries, data.corpus, data.qrels, name=name or Path(folder).name)
 
     @classmethod
     def from_records(cls, records: Sequence[Record], *, name: str = "retrieval") -> RetrievalTask:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from vembed.data import load_dataset_records
+from vembed.data import ImageRules, Quarantine, load_dataset_records
 from vembed.data.records import Record
-from vembed.errors import ConfigError, DataError
+from vembed.errors import DataError
 from vembed.evaluation.beir import is_beir_folder
 from vembed.evaluation.labelled import LabelledTask
 from vembed.evaluation.pairs import GradedPairsTask
 from vembed.evaluation.results import EvalTask
 from vembed.evaluation.retrieval import RetrievalTask
-from vembed.modes import TEXT, RetrievalMode
 
 
 def load_eval_task(
@@ -21,30 +20,34 @@ def load_eval_task(
     *,
     column_mapping: Mapping[str, str] | None = None,
     retrieval_mode: str = "t2t",
+    images: ImageRules = ImageRules(),  # noqa: B008 - frozen
+    quarantine: Quarantine | None = None,
     split: str = "test",
 ) -> EvalTask:
     """The task in a BEIR folder, or in any file of rows that training can read.
 
     Args:
-        path: BEIR folder, row file, Arrow folder or hub id.
+        path: BEIR folder, or any rows that training can read.
         column_mapping: Our field name to the column name; not for BEIR folders.
         retrieval_mode: Modality of query and document, as in `t2t`.
+        images: Where images are, and what they are held to.
+        quarantine: Takes rows that cannot be used; not of BEIR folders, whose judgements need all.
         split: Which `qrels/SPLIT.tsv`, or which split of a hub data set.
 
     Raises:
         DataError: if the data cannot be read, or its rows fit no task.
-        ConfigError: if the mode needs images of a BEIR folder, which holds texts only.
     """
     if is_beir_folder(path):
-        mode = RetrievalMode.parse(retrieval_mode)
-        if (mode.query, mode.document) != (TEXT, TEXT):
-            raise ConfigError(
-                f"retrieval_mode: the BEIR folder {str(path)!r} holds texts only: t2t. "
-                f"Received: '{mode}'; use a file of rows"
-            )
-        return RetrievalTask.from_beir(path, split=split)
+        return RetrievalTask.from_beir(
+            path, split=split, retrieval_mode=retrieval_mode, images=images
+        )
     dataset = load_dataset_records(
-        str(path), retrieval_mode=retrieval_mode, column_mapping=column_mapping, split=split
+        str(path),
+        retrieval_mode=retrieval_mode,
+        column_mapping=column_mapping,
+        images=images,
+        quarantine=quarantine,
+        split=split,
     )
     return task_from_records([dataset[row] for row in range(len(dataset))], Path(path).stem)
 

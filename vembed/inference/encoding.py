@@ -8,19 +8,28 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vembed.chunking import DEFAULT_CHUNK_TOKENS, chunk_overhead, plan_chunks, take_rows
+from vembed.chunking import (
+    DEFAULT_CHUNK_TOKENS,
+    chunk_overhead,
+    count_tokens,
+    plan_chunks,
+    take_rows,
+)
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
 
 # Items tokenised together: enough for a chunk to find items of its own length, and few enough that
 # a corpus of any size never needs more memory for token ids than these.
 _WINDOW_ITEMS = 2048
+# Pixels take more room than token ids: 150 kB for a small image in float32, megabytes for a large.
+_WINDOW_IMAGES = 64
 
 
 def encode_items(
@@ -57,15 +66,15 @@ def encode_items(
     copies = Counter(items)
     # Longest first, so that memory runs out at once or not at all. Characters stand in for tokens
     # until a window is tokenised.
-    distinct = sorted(copies, key=lambda item: -len(item.text or ""))
+    distinct = sorted(copies, key=lambda item: (_kind(item), -len(item.text or "")))
     vectors = np.empty((len(distinct), encoder.embedding_dim), dtype=np.float32)
     autocast = torch.autocast(where.type, autocast_dtype, enabled=autocast_dtype is not None)
     with _eval_mode(encoder), torch.no_grad(), autocast:
-        for start in range(0, len(distinct), _WINDOW_ITEMS):
-            window = distinct[start : start + _WINDOW_ITEMS]
+        done = 0
+        for window in _windows(distinct):
             prompts = None if prompt is None else [prompt] * len(window)
             inputs = encoder.processor(window, role=role, prompts=prompts)
-            lengths = inputs["attention_mask"].sum(1).tolist()
+            lengths = count_tokens(inputs)
             chunks = plan_chunks(
                 lengths,
                 max_items=max_items,
@@ -79,12 +88,26 @@ def encode_items(
                 outputs.append(encoder(normalize=normalize, **on_device).float())
                 if progress is not None:
                     progress(sum(copies[window[row]] for row in rows))
-            order = [start + row for rows in chunks for row in rows]
+            order = [done + row for rows in chunks for row in rows]
+            done += len(window)
             # One copy from the device per window: copying each chunk would make the device wait for
             # the host.
             vectors[order] = torch.cat(outputs).cpu().numpy()
     position = {item: i for i, item in enumerate(distinct)}
     return vectors[[position[item] for item in items]]
+
+
+def _kind(item: Item) -> tuple[bool, bool]:
+    """Which parts an item has: those that have the same go through the model together."""
+    return item.image is not None, item.text is not None
+
+
+def _windows(items: Sequence[Item]) -> Iterator[list[Item]]:
+    """Items of one kind, as many as are processed together."""
+    for (has_image, _), same in groupby(items, key=_kind):
+        listed = list(same)
+        size = _WINDOW_IMAGES if has_image else _WINDOW_ITEMS
+        yield from (listed[i : i + size] for i in range(0, len(listed), size))
 
 
 @contextmanager

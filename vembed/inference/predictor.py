@@ -1,10 +1,10 @@
-"""`Predictor`: texts to vectors with a saved model, in three lines."""
+"""`Predictor`: texts and images to vectors with a saved model, in three lines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import numpy as np
 import numpy.typing as npt
@@ -12,12 +12,17 @@ import torch
 
 from vembed.chunking import DEFAULT_CHUNK_TOKENS
 from vembed.errors import ConfigError, DataError
+from vembed.images import ImageSource, as_image_source
 from vembed.inference.encoding import encode_items
 from vembed.models import load_encoder
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
 Vectors = npt.NDArray[np.float32]
+ImageLike = Union["str | Path | Image", ImageSource]
 
 
 class Predictor:
@@ -67,10 +72,10 @@ class Predictor:
         normalize: bool | None = None,
         prompt: str | None = None,
     ) -> Vectors:
-        """Embed texts.
+        """Embed texts, or items with an image.
 
         Args:
-            inputs: One or n of them.
+            inputs: One or n of them. A `str` is always a text, whatever it looks like.
             role: `"query"` or `"document"` puts that role's prompt before each; None the model's
                 default prompt, which most models do not have.
             batch_size: Most texts in a forward pass; None lets their length decide.
@@ -101,6 +106,19 @@ class Predictor:
     def encode_text(self, texts: str | Sequence[str], **options: Any) -> Vectors:
         """`encode` under the name that says text; `options` are its keyword arguments."""
         return self.encode(texts, **options)
+
+    def encode_image(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Vectors:
+        """Embed images.
+
+        Args:
+            images: One or n: paths, images of Pillow, or sources of `vembed.images`.
+            options: Keyword arguments of `encode`.
+
+        Raises:
+            DataError: if one cannot be read, or the model embeds no images.
+        """
+        listed: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+        return self.encode([Item(image=as_image_source(image)) for image in listed], **options)
 
     def encode_query(self, texts: str | Sequence[str], **options: Any) -> Vectors:
         """`encode` in the role of queries; `options` are its keyword arguments."""

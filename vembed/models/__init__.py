@@ -10,18 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 from vembed import registry
 from vembed.errors import ConfigError
-from vembed.models.checkpoint_format import read_backbone_config
-from vembed.models.model_types import MODEL_TYPES, embeds_images
+from vembed.models.checkpoint_format import is_router, read_backbone_config
+from vembed.models.model_types import MODEL_TYPES
 from vembed.models.paths import resolve_model_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from vembed.models.protocol import Encoder
 
-__all__ = ["ENCODERS", "load_encoder", "resolve_model_path"]
+__all__ = ["ENCODERS", "compose_encoder", "load_encoder", "resolve_model_path"]
 
-ENCODERS = {"text": "vembed.models.text:load_text_encoder"}
+ENCODERS = {
+    "text": "vembed.models.text:load_text_encoder",
+    "dual": "vembed.models.dual:load_dual_encoder",
+    "vision": "vembed.models.vision:load_vision_encoder",
+    "vlm": "vembed.models.vlm:load_vlm_encoder",
+    "composed": "vembed.models.composed:load_composed_encoder",
+}
 """Encoder kinds by name, each with its loader `(path, **options) -> Encoder` for a local folder."""
 
 
@@ -31,9 +37,11 @@ def load_encoder(
     encoder_mode: str | Callable[..., Encoder] = "auto",
     pooling_method: str | None = None,
     normalize: bool | None = None,
+    projection_dim: int | None = None,
     max_seq_length: int | None = None,
     query_prompt: str | None = None,
     document_prompt: str | None = None,
+    freeze_towers: Collection[str] = (),
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -48,9 +56,13 @@ def load_encoder(
         pooling_method: Tokens to one vector. None here and below: the checkpoint's own, or the
             default of its kind.
         normalize: Whether vectors have unit length.
+        projection_dim: Size of the vectors: a linear layer is added behind a model of another size,
+            which starts random and has to be trained.
         max_seq_length: Tokens kept of a text, special tokens included.
         query_prompt: Text put before every query; `""` for none.
         document_prompt: Text put before every document; `""` for none.
+        freeze_towers: Of a model for texts and images, the halves not to train: `"text"`,
+            `"image"`.
         torch_dtype: Type of the weights: float32, bfloat16, float16, or auto for the checkpoint's.
         attn_implementation: Attention kernel by transformers' name; None lets transformers choose.
         trust_remote_code: Run Python code that lies beside the model's weights.
@@ -67,32 +79,95 @@ def load_encoder(
     options = {
         "pooling_method": pooling_method,
         "normalize": normalize,
+        "projection_dim": projection_dim,
         "max_seq_length": max_seq_length,
         "query_prompt": query_prompt,
         "document_prompt": document_prompt,
+        "freeze_towers": tuple(freeze_towers),
         "torch_dtype": torch_dtype,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
     }
-    encoder: Encoder = load(path, **_fitting(load, options, f"encoder_mode {encoder_mode!r}"))
+    named = f"{encoder_mode!r}" if kind == encoder_mode else f"auto, which is {kind!r} here"
+    encoder: Encoder = load(path, **_fitting(load, options, f"encoder_mode {named}"))
     return encoder
 
 
+def compose_encoder(
+    *,
+    text_model_name: str,
+    image_model_name: str,
+    projection_dim: int | None = None,
+    normalize: bool | None = None,
+    max_seq_length: int | None = None,
+    query_prompt: str | None = None,
+    document_prompt: str | None = None,
+    freeze_towers: Collection[str] = (),
+    torch_dtype: str = "float32",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> Encoder:
+    """Put a text and an image encoder together, each with a new projection that has to be trained.
+
+    Args:
+        text_model_name: Named as `load_encoder` takes it; a model with two towers gives its own.
+        image_model_name: Likewise.
+        projection_dim: Size of the vectors; None for the smaller of the towers' sizes.
+        normalize: Whether vectors have unit length.
+        max_seq_length: As in `load_encoder`, as are the following, which concern both towers or
+            texts alone.
+        query_prompt: See `max_seq_length`.
+        document_prompt: See `max_seq_length`.
+        freeze_towers: Towers not to train, `"text"` or `"image"`; their projections train.
+        torch_dtype: See `max_seq_length`.
+        attn_implementation: See `max_seq_length`.
+        trust_remote_code: See `max_seq_length`.
+
+    Raises:
+        ConfigError: as `load_encoder` does, or if a model does not embed what it is for.
+        CheckpointError: as `load_encoder` does.
+    """
+    from vembed.models.composed import compose
+
+    text = load_encoder(
+        text_model_name,
+        max_seq_length=max_seq_length,
+        query_prompt=query_prompt,
+        document_prompt=document_prompt,
+        torch_dtype=torch_dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    image = load_encoder(
+        image_model_name,
+        torch_dtype=torch_dtype,
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    )
+    return compose(
+        text,
+        image,
+        projection_dim=projection_dim,
+        normalize=normalize,
+        freeze_towers=freeze_towers,
+    )
+
+
 def _kind_of(path: str) -> str:
+    if is_router(path):
+        return "composed"
     config = read_backbone_config(path)
     model_type = config["model_type"]
     if model_type in MODEL_TYPES:
         return MODEL_TYPES[model_type]
-    if embeds_images(config):
-        raise ConfigError(
-            f"model_name: {path!r} has model_type {model_type!r}, which embeds images; "
-            f"this version of vembed embeds text only. Text model types: {', '.join(MODEL_TYPES)}"
-        )
+    forced = (
+        "If it gives a vector for each token of a text, set encoder_mode=text; if for each patch "
+        "of an image, encoder_mode=vision; if it chats about images, encoder_mode=vlm"
+    )
     raise ConfigError(
         f"model_name: {path!r} has model_type {model_type!r}, which no encoder of vembed claims"
         f"{registry.did_you_mean(model_type, MODEL_TYPES)}. Known: {', '.join(MODEL_TYPES)}. "
-        f"If it is a text model that returns last_hidden_state, set encoder_mode=text; "
-        f"for anything else write an encoder and set encoder_mode=package.module:Name"
+        f"{forced}; for anything else write an encoder and set encoder_mode=package.module:Name"
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ POOLING_NAMES = {
     "lasttoken": "last_token",
 }
 """sentence-transformers' pooling modes, each with vembed's name for it."""
+
+OWN_POOLING = "pooler"
+"""The `pooling_method` of models that give one vector themselves; they need no Pooling module."""
 
 # Before version 6 each mode was a boolean key of 1_Pooling/config.json.
 _POOLING_FLAGS = {
@@ -46,7 +49,10 @@ _TRANSFORMER_KEYS = {
     "transformer_task",
     "modality_config",
     "module_output_name",
+    "processing_kwargs",
 }
+# Our own key in config_sentence_transformers.json, which that library passes over.
+_TEXT_LENGTH = "vembed_max_seq_length"
 _DOCUMENT_PROMPT_NAMES = ("document", "passage", "corpus")
 
 
@@ -63,6 +69,9 @@ class CheckpointSettings:
         do_lower_case: Whether texts are lower-cased before the tokenizer sees them.
         prompts: Prompt texts by name.
         default_prompt_name: The prompt used where no role is given.
+        calls: Modality, by sentence-transformers' name, to the model's method that embeds it.
+            Empty for models that read texts alone, through `forward`.
+        processing: Arguments that sentence-transformers must give to the processor.
     """
 
     backbone_folder: Path
@@ -73,6 +82,8 @@ class CheckpointSettings:
     do_lower_case: bool = False
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
+    calls: Mapping[str, str] = field(default_factory=dict)
+    processing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def prompt_for(self, role: str) -> str | None:
         """The text put before a `"query"` or `"document"`; None where the checkpoint is silent.
@@ -118,14 +129,21 @@ def read_settings(path: str | Path) -> CheckpointSettings:
     if not modules:
         return CheckpointSettings(root)
     kinds = [_module_kind(root, module) for module in modules]
+    transformer = _read_transformer_config(_backbone_folder(root, modules))
+    # Before version 5.4 the module for CLIP had a name of its own.
+    pools_itself = (
+        kinds[0] == "CLIPModel" or transformer.get("module_output_name") == "sentence_embedding"
+    )
+    first_dense = 1 if pools_itself else 2
     dense = kinds.count("Dense")
     normalize = kinds[-1] == "Normalize"
-    if kinds != ["Transformer", "Pooling", *["Dense"] * dense, *["Normalize"] * normalize]:
+    expected = ["Pooling"] * (not pools_itself) + ["Dense"] * dense + ["Normalize"] * normalize
+    if kinds[0] not in ("Transformer", "CLIPModel") or kinds[1:] != expected:
         raise CheckpointError(
-            f"{root / 'modules.json'}: vembed reads Transformer, Pooling, any number of Dense, and "
-            f"at most one Normalize, in that order. Found: {', '.join(kinds)}"
+            f"{root / 'modules.json'}: vembed reads Transformer, Pooling (unless the model pools "
+            f"itself), any number of Dense, and at most one Normalize, in that order. "
+            f"Found: {', '.join(kinds)}"
         )
-    transformer = _read_transformer_config(_backbone_folder(root, modules))
     model = _read_json(root / "config_sentence_transformers.json")
     if model.get("truncate_dim"):
         raise CheckpointError(
@@ -133,18 +151,107 @@ def read_settings(path: str | Path) -> CheckpointSettings:
         )
     return CheckpointSettings(
         backbone_folder=_backbone_folder(root, modules),
-        pooling_method=_read_pooling(root / modules[1]["path"] / "config.json"),
+        pooling_method=OWN_POOLING
+        if pools_itself
+        else _read_pooling(root / modules[1]["path"] / "config.json"),
         normalize=normalize,
-        dense_folders=tuple(root / module["path"] for module in modules[2 : 2 + dense]),
-        max_seq_length=transformer.get("max_seq_length"),
+        dense_folders=tuple(
+            root / module["path"] for module in modules[first_dense : first_dense + dense]
+        ),
+        max_seq_length=transformer.get("max_seq_length", model.get(_TEXT_LENGTH)),
         do_lower_case=bool(transformer.get("do_lower_case")),
         prompts={name: text or "" for name, text in (model.get("prompts") or {}).items()},
         default_prompt_name=model.get("default_prompt_name"),
     )
 
 
+def is_router(path: str | Path) -> bool:
+    """Whether a folder holds several models, of which the input decides which one is used."""
+    root = Path(path)
+    modules = _read_modules(root)
+    return bool(modules) and _module_kind(root, modules[0]) == "Router"
+
+
+def read_router(path: str | Path) -> CheckpointSettings:
+    """What a folder with a text and an image encoder says about both.
+
+    Raises:
+        CheckpointError: if it was not written by `write_router`.
+    """
+    root = Path(path)
+    kinds = [_module_kind(root, module) for module in _read_modules(root)]
+    routes = set(_read_json(root / "router_config.json").get("structure", {}))
+    if kinds not in (["Router"], ["Router", "Normalize"]) or routes != {"text", "image"}:
+        raise CheckpointError(
+            f"{root}: vembed reads a Router for text and image, and at most one Normalize. "
+            f"Found: {', '.join(kinds)}; routes {', '.join(sorted(routes)) or 'none'}"
+        )
+    for folder in ("text", "image", "text_projection", "image_projection"):
+        if not (root / folder).is_dir():
+            raise CheckpointError(
+                f"{root}: no folder {folder!r}. vembed reads Routers that it wrote itself"
+            )
+    return CheckpointSettings(root, normalize=kinds[-1] == "Normalize")
+
+
+def write_router(
+    path: str | Path,
+    *,
+    routes: Mapping[str, str],
+    normalize: bool,
+    prompts: Mapping[str, str],
+) -> None:
+    """Write modules.json and router_config.json beside models that are in folders of their own.
+
+    Args:
+        path: Where to write.
+        routes: Modality to the folder of the projection behind its model; the model's own folder
+            has the modality's name. What brings a model's vectors to unit length is left out.
+        normalize: Whether vectors have unit length after the projection.
+        prompts: Prompt texts by name.
+    """
+    root = Path(path)
+    types: dict[str, str] = {}
+    structure: dict[str, list[str]] = {}
+    for modality, projection in routes.items():
+        own = {
+            "/".join(part for part in (modality, module["path"]) if part): module["type"]
+            for module in _read_modules(root / modality)
+            if _module_kind(root, module) != "Normalize"
+        }
+        own[projection] = "sentence_transformers.models.Dense"
+        types |= own
+        structure[modality] = list(own)
+    parameters = {
+        "default_route": next(iter(routes)),
+        "allow_empty_key": True,
+        "route_mappings": {},
+    }
+    router = {"types": types, "structure": structure, "parameters": parameters}
+    _write_json(root / "router_config.json", router)
+    names = ["Router", *(["Normalize"] if normalize else [])]
+    folders = ["", "1_Normalize"][: len(names)]
+    if normalize:
+        (root / folders[-1]).mkdir(parents=True, exist_ok=True)
+    _write_json(root / "modules.json", _list_modules(names, folders))
+    _write_json(
+        root / "config_sentence_transformers.json",
+        {"prompts": dict(prompts), "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+
+
+def _list_modules(names: Sequence[str], folders: Sequence[str]) -> list[dict[str, Any]]:
+    """The content of modules.json."""
+    return [
+        {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, folder) in enumerate(zip(names, folders, strict=True))
+    ]
+
+
 def write_settings(path: str | Path, settings: CheckpointSettings, *, hidden_size: int) -> None:
-    """Write modules.json and what goes with it, as sentence-transformers 2 to 6 all read it.
+    """Write modules.json and what goes with it.
+
+    sentence-transformers 2 to 6 all read it for texts, and from 5.4 on what has `settings.calls`.
 
     Args:
         path: Model folder; `settings.backbone_folder` must be the same, and
@@ -153,34 +260,62 @@ def write_settings(path: str | Path, settings: CheckpointSettings, *, hidden_siz
         hidden_size: Columns of the backbone's output.
     """
     root = Path(path)
-    names = ["Transformer", "Pooling", *["Dense"] * len(settings.dense_folders)]
-    names += ["Normalize"] if settings.normalize else []
-    folders = ["", "1_Pooling", *(folder.name for folder in settings.dense_folders)]
-    folders += [f"{len(folders)}_Normalize"] if settings.normalize else []
-    modules = [
-        {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{name}"}
-        for i, (name, folder) in enumerate(zip(names, folders, strict=True))
-    ]
-    flags = {
-        key: POOLING_NAMES[mode] == settings.pooling_method for key, mode in _POOLING_FLAGS.items()
-    }
-    pooling = {"word_embedding_dimension": hidden_size, **flags, "include_prompt": True}
-    _write_json(root / "modules.json", modules)
-    _write_json(root / "1_Pooling" / "config.json", pooling)
+    pools_itself = settings.pooling_method == OWN_POOLING
+    names = ["Transformer", *([] if pools_itself else ["Pooling"])]
+    folders = ["", *([] if pools_itself else ["1_Pooling"])]
+    names += ["Dense"] * len(settings.dense_folders)
+    folders += [folder.name for folder in settings.dense_folders]
     if settings.normalize:
+        names.append("Normalize")
+        folders.append(f"{len(folders)}_Normalize")
         (root / folders[-1]).mkdir(parents=True, exist_ok=True)
-    _write_json(
-        root / "sentence_bert_config.json",
-        {"max_seq_length": settings.max_seq_length, "do_lower_case": settings.do_lower_case},
-    )
-    _write_json(
-        root / "config_sentence_transformers.json",
-        {
-            "prompts": dict(settings.prompts),
-            "default_prompt_name": settings.default_prompt_name,
-            "similarity_fn_name": "cosine",
-        },
-    )
+    _write_json(root / "modules.json", _list_modules(names, folders))
+    if not pools_itself:
+        flags = {
+            key: POOLING_NAMES[mode] == settings.pooling_method
+            for key, mode in _POOLING_FLAGS.items()
+        }
+        pooling = {"word_embedding_dimension": hidden_size, **flags, "include_prompt": True}
+        _write_json(root / "1_Pooling" / "config.json", pooling)
+    _write_json(root / "sentence_bert_config.json", _transformer_config(settings))
+    model: dict[str, Any] = {
+        "prompts": dict(settings.prompts),
+        "default_prompt_name": settings.default_prompt_name,
+        "similarity_fn_name": "cosine",
+    }
+    if _counts_text_alone(settings):
+        model[_TEXT_LENGTH] = settings.max_seq_length
+    _write_json(root / "config_sentence_transformers.json", model)
+
+
+def _counts_text_alone(settings: CheckpointSettings) -> bool:
+    """Whether texts share a sequence with images, which sentence-transformers would cut as well."""
+    return "message" in settings.calls
+
+
+def _transformer_config(settings: CheckpointSettings) -> dict[str, Any]:
+    if not settings.calls:
+        return {
+            "max_seq_length": settings.max_seq_length,
+            "do_lower_case": settings.do_lower_case,
+        }
+    pools_itself = settings.pooling_method == OWN_POOLING
+    output = "pooler_output" if pools_itself else "last_hidden_state"
+    calls = {
+        modality: {"method": method, "method_output_name": output}
+        | ({"format": "structured"} if modality == "message" else {})
+        for modality, method in settings.calls.items()
+    }
+    config: dict[str, Any] = {
+        "transformer_task": "feature-extraction",
+        "modality_config": calls,
+        "module_output_name": "sentence_embedding" if pools_itself else "token_embeddings",
+    }
+    if settings.max_seq_length is not None and not _counts_text_alone(settings):
+        config["max_seq_length"] = settings.max_seq_length
+    if settings.processing:
+        config["processing_kwargs"] = {kind: dict(kw) for kind, kw in settings.processing.items()}
+    return config
 
 
 def _read_modules(root: Path) -> list[dict[str, Any]]:

@@ -52,7 +52,15 @@ CAUSAL_MODEL_TYPES = (
     "stablelm",
     "starcoder2",
 )
-MODEL_TYPES = dict.fromkeys(BIDIRECTIONAL_MODEL_TYPES + CAUSAL_MODEL_TYPES, "text")
+DUAL_MODEL_TYPES = ("clip", "siglip", "siglip2")
+VISION_MODEL_TYPES = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit", "vit_mae")
+VLM_MODEL_TYPES = ("llava", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")
+MODEL_TYPES = {
+    **dict.fromkeys(BIDIRECTIONAL_MODEL_TYPES + CAUSAL_MODEL_TYPES, "text"),
+    **dict.fromkeys(DUAL_MODEL_TYPES, "dual"),
+    **dict.fromkeys(VISION_MODEL_TYPES, "vision"),
+    **dict.fromkeys(VLM_MODEL_TYPES, "vlm"),
+}
 """`model_type` of a checkpoint's config.json -> name in `vembed.models.ENCODERS`."""
 
 
@@ -71,8 +79,3 @@ def attends_causally(config: Mapping[str, Any]) -> bool:
     # Only reached with encoder_mode=text on an unlisted type: its head is the best evidence there
     # is.
     return any(name.endswith("ForCausalLM") for name in config.get("architectures") or [])
-
-
-def embeds_images(config: Mapping[str, Any]) -> bool:
-    """Whether a backbone's config is that of a vision or vision-language model."""
-    return any(key in config for key in ("vision_config", "image_size", "patch_size"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
 from vembed.errors import ConfigError, DataError
+from vembed.models.checkpoint_format import CheckpointSettings
+from vembed.models.prompts import Prompts
 from vembed.models.protocol import Role
 from vembed.modes import Item
 
@@ -21,9 +24,7 @@ class TextProcessor:
     Attributes:
         tokenizer: The model's own; its `model_max_length` is `max_seq_length`, so that it truncates
             alike elsewhere.
-        query_prompt: Text put before every query; `""` for none.
-        document_prompt: Text put before every document; `""` for none.
-        default_prompt: Text put before an item whose role is not given.
+        prompts: Texts put before queries, documents, and items whose role is not given.
     """
 
     def __init__(
@@ -35,7 +36,23 @@ class TextProcessor:
         document_prompt: str = "",
         default_prompt: str = "",
         input_names: Sequence[str] = ("input_ids", "attention_mask"),
+        fixed_length: bool = False,
     ) -> None:
+        """Assign and check.
+
+        Args:
+            tokenizer: Of transformers.
+            max_seq_length: Tokens kept of a text, special tokens included.
+            query_prompt: Text put before every query; `""` for none.
+            document_prompt: Text put before every document; `""` for none.
+            default_prompt: Text put before an item whose role is not given.
+            input_names: What the model takes of the tokenizer's outputs.
+            fixed_length: Pad every text to `max_seq_length` and let the model see the padding, as
+                some were trained.
+
+        Raises:
+            ConfigError: if `max_seq_length` has no room for a text.
+        """
         special = tokenizer.num_special_tokens_to_add()
         if max_seq_length <= special:
             raise ConfigError(
@@ -44,20 +61,41 @@ class TextProcessor:
             )
         self.tokenizer = tokenizer
         self.tokenizer.model_max_length = max_seq_length
-        self.query_prompt = query_prompt
-        self.document_prompt = document_prompt
-        self.default_prompt = default_prompt
-        self._input_names = tuple(input_names)
+        self.prompts = Prompts(query_prompt, document_prompt, default_prompt)
+        names = [n for n in input_names if not (fixed_length and n == "attention_mask")]
+        self._input_names = tuple(names)
+        self._padding = "max_length" if fixed_length else True
 
     @property
     def max_seq_length(self) -> int:
         """Tokens kept of a text, special tokens included."""
         return int(self.tokenizer.model_max_length)
 
+    @property
+    def query_prompt(self) -> str:
+        """Text put before every query; `""` for none."""
+        return self.prompts.query
+
+    @property
+    def document_prompt(self) -> str:
+        """Text put before every document; `""` for none."""
+        return self.prompts.document
+
     def prompt_for(self, role: Role | None) -> str:
         """The text put before an item of this role."""
-        return {"query": self.query_prompt, "document": self.document_prompt}.get(
-            role or "", self.default_prompt
+        return self.prompts.of_role(role)
+
+    def describe(self) -> dict[str, str]:
+        """Its settings, for the log."""
+        return {"max_seq_length": str(self.max_seq_length), **self.prompts.describe()}
+
+    def complete(self, settings: CheckpointSettings) -> CheckpointSettings:
+        """The settings of a checkpoint with this processor's own in place of what was read."""
+        return replace(
+            settings,
+            max_seq_length=self.max_seq_length,
+            do_lower_case=False,  # the saved tokenizer does it
+            prompts=self.prompts.stored_among(settings.prompts),
         )
 
     def __call__(
@@ -78,21 +116,19 @@ class TextProcessor:
         Raises:
             DataError: if an item has no text, has an image, or gives no token at all.
         """
-        own = self.prompt_for(role)
-        chosen = (
-            [own] * len(items) if prompts is None else [own if p is None else p for p in prompts]
-        )
+        chosen = self.prompts.of_items(len(items), role, prompts)
         texts = [prompt + _text_of(item) for prompt, item in zip(chosen, items, strict=True)]
         inputs = self.tokenizer(
             texts,
-            padding=True,
+            padding=self._padding,
             truncation=True,
             max_length=self.max_seq_length,
             return_token_type_ids="token_type_ids" in self._input_names,
+            return_attention_mask=True,
             return_tensors="pt",
         )
         tensors = {name: inputs[name] for name in self._input_names}
-        empty = (tensors["attention_mask"].sum(1) == 0).nonzero()
+        empty = (inputs["attention_mask"].sum(1) == 0).nonzero()
         if len(empty):
             raise DataError(
                 f"a text gives no token, so it has no embedding. Received: {texts[int(empty[0])]!r}"
@@ -101,12 +137,24 @@ class TextProcessor:
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer, the same bytes whatever it was called with before."""
-        if self.tokenizer.is_fast:
-            # A call leaves its padding and truncation in the Rust object, and they would be written
-            # to tokenizer.json.
-            self.tokenizer.backend_tokenizer.no_padding()
-            self.tokenizer.backend_tokenizer.no_truncation()
-        self.tokenizer.save_pretrained(path)
+        save_tokenizer(self.tokenizer, path)
+
+
+def save_tokenizer(tokenizer: Any, path: str | Path) -> None:
+    """Write a tokenizer, the same bytes whatever it was called with before."""
+    forget_calls(tokenizer)
+    tokenizer.save_pretrained(path)
+
+
+def forget_calls(tokenizer: Any) -> None:
+    """Make a tokenizer ready to be saved, alone or in a processor."""
+    if tokenizer.is_fast:
+        # A call leaves its padding and truncation in the Rust object, and they would be written to
+        # tokenizer.json.
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
+    # Else a side that was changed here is left out, and readers take that of the class.
+    tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side
 
 
 def _text_of(item: Item) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vembed.errors import CheckpointError
+from vembed.models.checkpoint_format import OWN_POOLING
 
 _PLAIN = {
     "module_input_name": "sentence_embedding",
@@ -83,6 +85,65 @@ class Projection(nn.Module):
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def new_projection(in_features: int, out_features: int) -> Projection:
+    """A linear layer without bias that starts orthogonal: it distorts angles least.
+
+    Random numbers come from the process's generator, so that processes with one seed agree.
+    """
+    projection = Projection(in_features, out_features, bias=False)
+    nn.init.orthogonal_(projection.linear.weight)
+    return projection
+
+
+def load_projections(
+    folders: Sequence[Path], *, input_size: int, projection_dim: int | None, dtype: torch.dtype
+) -> list[Projection]:
+    """The projections of a checkpoint, and a new one if its vectors are not of the size asked for.
+
+    Args:
+        folders: Dense modules, in order.
+        input_size: Columns of what the first one gets.
+        projection_dim: Columns wanted of the last one; None for as many as there are.
+        dtype: Type of the weights.
+
+    Raises:
+        CheckpointError: if a folder cannot be read.
+    """
+    projections = [Projection.load(folder) for folder in folders]
+    size = projections[-1].out_features if projections else input_size
+    if projection_dim is not None and projection_dim != size:
+        projections.append(new_projection(size, projection_dim))
+    return [projection.to(dtype) for projection in projections]
+
+
+def apply_projections(projections: Iterable[nn.Module], embedding_BD: Tensor) -> Tensor:
+    """One after the other; the result is float32 or wider."""
+    for projection in projections:
+        embedding_BD = projection(embedding_BD)
+    return embedding_BD.to(torch.promote_types(embedding_BD.dtype, torch.float32))
+
+
+def save_projections(
+    projections: Iterable[nn.Module], folder: Path, *, pooling_method: str
+) -> tuple[Path, ...]:
+    """Write each into a folder of its own in `folder`, numbered as sentence-transformers does.
+
+    Args:
+        projections: Those of an encoder.
+        folder: The model folder.
+        pooling_method: Whether the Pooling module, which comes first, is there.
+
+    Returns:
+        The folders.
+    """
+    folders = []
+    start = 1 if pooling_method == OWN_POOLING else 2
+    for number, projection in enumerate(projections, start=start):
+        folders.append(folder / f"{number}_Dense")
+        projection.save(folders[-1])  # type: ignore[operator]
+    return tuple(folders)
 
 
 def _activation(folder: Path, path: str | None) -> type[nn.Module]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -23,10 +23,14 @@ class Processor(Protocol):
         role: Role | None,
         prompts: Sequence[str | None] | None = None,
     ) -> dict[str, Tensor]:
-        """Padded inputs of `items`, among them `attention_mask` `[B, T]`.
+        """Padded inputs of `items`.
+
+        Texts give `input_ids` `[B, T]` and, unless all are padded to one fixed length,
+        `attention_mask` `[B, T]`; images give `pixel_values` `[B, ...]`, or `[patches of all
+        images, ...]` with `image_grid_thw` `[B, 3]`. Both together give both.
 
         Args:
-            items: B things to embed.
+            items: B things to embed, all texts, all images, or all both.
             role: Decides the prompt; None stands for the checkpoint's default prompt.
             prompts: One per item, instead of the role's; None as an entry keeps the role's, `""`
                 means no prompt.
@@ -42,10 +46,11 @@ class Encoder(nn.Module):
 
     Attributes:
         backbone: The pretrained model inside, which training may wrap (LoRA) or reconfigure.
-        processor: Items to the inputs of `forward`; has `max_seq_length`, and `tokenizer` for text.
+        processor: Items to the inputs of `forward`; one for texts has `tokenizer`,
+            `max_seq_length` and `prompt_for`.
         modalities: Letters of what it embeds: `t` text, `i` image, `m` both.
         embedding_dim: Columns of the output.
-        pooling_method: How tokens become one vector.
+        pooling_method: How tokens become one vector; `pooler` where the model itself does it.
         normalize: Whether `forward` returns vectors of unit length unless told otherwise.
         model_type: The backbone's family, as in its config.json.
     """
@@ -66,6 +71,17 @@ class Encoder(nn.Module):
             inputs: What the processor makes.
         """
         raise NotImplementedError
+
+    @property
+    def towers(self) -> Sequence[Encoder]:
+        """The encoders that each have a backbone: itself, unless it is made of several."""
+        return [self]
+
+    def restrict_to(self, modalities: Collection[str]) -> None:
+        """Freeze what takes no part in embedding these modalities, so would get no gradient.
+
+        Nothing, unless an encoder says otherwise: one without such parts needs no method for it.
+        """
 
     def describe(self) -> dict[str, str | int]:
         """What it is and where each setting came from, for the log."""

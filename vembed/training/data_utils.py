@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from vembed.chunking import count_rows as count_input_rows
+from vembed.chunking import count_tokens
 from vembed.data import BORROWED
 from vembed.modes import IMAGE, TEXT, RetrievalMode
 
@@ -88,12 +90,9 @@ def count_rows(batch: Mapping[str, Any]) -> int:
 def row_lengths(
     batch: Mapping[str, Any], inputs: Mapping[str, Inputs], prefix: str = ""
 ) -> dict[str, list[int]]:
-    """Tokens of every row, by role: from the collator, or counted on the attention mask.
-
-    Rows without tokens (images of one size) count 1 each.
-    """
+    """What every row costs, by role: from the collator, or as `count_tokens` does."""
     return {
-        role: batch.get(f"{prefix}lengths_{role}") or _count_tokens(of_role)
+        role: batch.get(f"{prefix}lengths_{role}") or count_tokens(of_role)
         for role, of_role in inputs.items()
     }
 
@@ -130,7 +129,7 @@ def concat_batches(
         key: _stack([b[key] for b in batches], pad_token_id if key == "input_ids" else 0)
         for key in batches[0]
     }
-    return stacked, [len(next(iter(batch.values()))) for batch in batches]
+    return stacked, [count_input_rows(batch) for batch in batches]
 
 
 def maybe_first(model_output: Any) -> Tensor:
@@ -167,14 +166,6 @@ def _unpack(batch: Mapping[str, Any], role: str, modality: str) -> Inputs:
             f"it has: {', '.join(sorted(batch))}"
         )
     return inputs
-
-
-def _count_tokens(inputs: Inputs) -> list[int]:
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return [1] * len(next(iter(inputs.values())))
-    counts: list[int] = mask.sum(1).tolist()
-    return counts
 
 
 def _stack(tensors: list[Tensor], fill: int) -> Tensor:

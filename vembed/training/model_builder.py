@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError
-from vembed.models import load_encoder
+from vembed.models import compose_encoder, load_encoder
+from vembed.modes import RetrievalMode
 
 if TYPE_CHECKING:
     from vembed.models.protocol import Encoder
@@ -28,25 +29,56 @@ def build_model(config: TrainConfig | Mapping[str, Any]) -> Encoder:
         CheckpointError: if its files are missing or do not fit.
     """
     config = TrainConfig.coerce(config)
+    encoder = _load(config)
+    _freeze_unused(encoder, config)
+    if config.gradient_checkpointing:
+        for tower in _towers(encoder):
+            _recompute_activations(tower.backbone)
+    encoder.train()
+    return encoder
+
+
+def _load(config: TrainConfig) -> Encoder:
+    options: dict[str, Any] = {
+        "normalize": config.normalize_embeddings,
+        "projection_dim": config.projection_dim,
+        "freeze_towers": config.freeze_towers,
+        "max_seq_length": config.max_seq_length,
+        "query_prompt": config.query_prompt,
+        "document_prompt": config.document_prompt,
+        "torch_dtype": config.torch_dtype,
+        "attn_implementation": config.attn_implementation,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.text_model_name is not None and config.image_model_name is not None:
+        return compose_encoder(
+            text_model_name=config.text_model_name,
+            image_model_name=config.image_model_name,
+            **options,
+        )
     if config.model_name is None:
         raise ConfigError("model_name: required. Received: null. Name a hub id, folder or package:")
-    encoder = load_encoder(
+    return load_encoder(
         config.model_name,
         encoder_mode=config.encoder_mode,
         pooling_method=config.pooling_method,
-        normalize=config.normalize_embeddings,
-        max_seq_length=config.max_seq_length,
-        query_prompt=config.query_prompt,
-        document_prompt=config.document_prompt,
-        torch_dtype=config.torch_dtype,
-        attn_implementation=config.attn_implementation,
-        trust_remote_code=config.trust_remote_code,
         revision=config.revision,
+        **options,
     )
-    if config.gradient_checkpointing:
-        _recompute_activations(encoder.backbone)
-    encoder.train()
-    return encoder
+
+
+def _freeze_unused(encoder: Encoder, config: TrainConfig) -> None:
+    """Freeze what the retrieval mode never uses, such as the text tower when images seek images."""
+    mode = RetrievalMode.parse(config.retrieval_mode)
+    restrict = getattr(encoder, "restrict_to", None)  # a user's own encoder need not have it
+    if restrict is not None:
+        restrict({mode.query, mode.document})
+
+
+def _towers(encoder: Encoder) -> Sequence[Any]:
+    """What has a backbone each; a user's own encoder may have one and know nothing of towers."""
+    towers: Sequence[Any] = getattr(encoder, "towers", (encoder,))
+    return towers
 
 
 def _recompute_activations(backbone: Any) -> None:
@@ -83,24 +115,10 @@ def apply_lora(
     config = TrainConfig.coerce(config)
     if not config.use_lora:
         return
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
-    )
-    try:
-        model.backbone = get_peft_model(model.backbone, settings)
-    except ValueError as error:
-        linear = sorted(
-            {n.rpartition(".")[2] for n, m in model.backbone.named_modules() if _is_linear(m)}
-        )
-        raise ConfigError(
-            f"lora_target_modules: {config.lora_target_modules}: {error} "
-            f"The backbone's linear layers are named: {', '.join(linear)}"
-        ) from error
+    for tower in _towers(model):
+        # Nothing in it is to be trained: it takes no part, or was frozen on purpose.
+        if any(p.requires_grad for p in tower.backbone.parameters()):
+            tower.backbone = _with_adapters(tower.backbone, config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if accelerator.is_main_process:
@@ -112,6 +130,47 @@ def apply_lora(
             f"{total:,}",
             100 * trainable / total,
         )
+
+
+def _with_adapters(backbone: Any, config: TrainConfig) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        r=config.lora_r,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules or "all-linear",
+        exclude_modules=_without_adapter(backbone) or None,
+    )
+    try:
+        return get_peft_model(backbone, settings)
+    except ValueError as error:
+        linear = sorted(
+            {n.rpartition(".")[2] for n, m in backbone.named_modules() if _is_linear(m)}
+        )
+        raise ConfigError(
+            f"lora_target_modules: {config.lora_target_modules}: {error} "
+            f"The backbone's linear layers are named: {', '.join(linear)}"
+        ) from error
+
+
+def _without_adapter(backbone: nn.Module) -> list[str]:
+    """Linear layers to leave alone: frozen ones, and those whose adapter would have no effect.
+
+    torch's own attention reads the weight of its output layer instead of calling the layer.
+    """
+    read_only = {
+        id(part)
+        for module in backbone.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for part in module.modules()
+    }
+    return [
+        name
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear)
+        and (id(module) in read_only or not module.weight.requires_grad)
+    ]
 
 
 def _is_linear(module: nn.Module) -> bool:

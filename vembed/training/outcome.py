@@ -82,7 +82,7 @@ def report(result: RunResult, config: TrainConfig, facts: Mapping[str, str]) -> 
     )
     path = write_report(
         Path(config.output_dir) / "report",
-        title=f"{config.model_name}, fine-tuned",
+        title=f"{config.model_label}, fine-tuned",
         changes=result.proof.changes,
         moved=result.proof.moved,
         history=result.state.history,

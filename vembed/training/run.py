@@ -15,6 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from vembed.config import TrainConfig, check
 from vembed.data import RecordDataset
+from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import build_criterion, build_distillation_loss, check_row_fields
@@ -25,6 +26,7 @@ from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
 from vembed.training.launch_check import check_process_count, check_strategy
+from vembed.training.learned_scale import start_from_checkpoint
 from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
 from vembed.training.optimizer_builder import build_optimizer, build_scheduler, resolve_tracker
 from vembed.training.outcome import RunResult, prove, report, show
@@ -63,6 +65,7 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     apply_lora(encoder, config, accelerator)
     trainer = build_trainer(config, accelerator, encoder, data)
     _claim_output_dir(config, accelerator)
+    _tell_bad_records(data, config, accelerator)
     _announce(trainer, encoder, data)
     before = _measure(data.test_task, encoder, accelerator, config)
     seconds = _train(trainer)
@@ -133,7 +136,7 @@ def check_mode(encoder: Encoder, config: TrainConfig) -> None:
     if not {mode.query, mode.document} <= encoder.modalities:
         fitting = ", ".join(str(m) for m in all_modes(encoder.modalities))
         raise ConfigError(
-            f"retrieval_mode: {mode} does not fit {config.model_name!r} (model_type "
+            f"retrieval_mode: {mode} does not fit {config.model_label!r} (model_type "
             f"{encoder.model_type}), which can do: {fitting}"
         )
 
@@ -158,6 +161,7 @@ def build_trainer(
     Raises:
         ConfigError: if the loss needs row fields that the data does not have.
     """
+    start_from_checkpoint(config, encoder)
     criterion = build_criterion(
         config.loss_type,
         temperature=config.temperature,
@@ -213,7 +217,7 @@ def describe_run(trainer: Trainer, encoder: Encoder, data: RunData) -> dict[str,
     rows = f"{len(data.train):,} rows" if isinstance(data.train, RecordDataset) else "a stream"
     encoder_facts = ", ".join(f"{name} {value}" for name, value in encoder.describe().items())
     return {
-        "model": f"{config.model_name} ({encoder_facts})",
+        "model": f"{config.model_label} ({encoder_facts})",
         "parameters": f"{trainable:,} of {sum(p.numel() for p in encoder.parameters()):,} train",
         "training data": f"{rows} from {config.data_path}",
         "test data": data.test_source or "none",
@@ -249,8 +253,22 @@ def _claim_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for earlier in (FINAL, BEST, "checkpoints", "report"):
             shutil.rmtree(folder / earlier, ignore_errors=True)
+        (folder / QUARANTINE_FILE).unlink(missing_ok=True)
         save_config(config, folder / "config.yaml")
     accelerator.wait_for_everyone()
+
+
+def _tell_bad_records(data: RunData, config: TrainConfig, accelerator: Accelerator) -> None:
+    """Write down what was left out; from then on, streams add to it."""
+    if data.quarantine is None or not accelerator.is_main_process:
+        return
+    path = Path(config.output_dir) / QUARANTINE_FILE
+    data.quarantine.write(path)
+    if bad := data.bad_records:
+        logger.warning(
+            "%d rows cannot be used and are left out (%s), the first: %s: %s: %s",
+            len(bad), path, bad[0].where, bad[0].field, bad[0].reason,
+        )  # fmt: skip
 
 
 def _announce(trainer: Trainer, encoder: Encoder, data: RunData) -> None:

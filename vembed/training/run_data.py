@@ -11,8 +11,11 @@ from torch.utils.data import DataLoader
 
 from vembed.config import TrainConfig
 from vembed.data import (
+    BadRecord,
     Collator,
+    ImageRules,
     OnProgress,
+    Quarantine,
     Record,
     RecordDataset,
     StreamingRecordDataset,
@@ -37,6 +40,7 @@ class RunData:
         validation_task: What to measure during training, or None.
         test_task: What to measure before and after, or None.
         test_source: Where the test set comes from, for the reader.
+        quarantine: What took the bad records of all of them; None where they end the run.
     """
 
     train: Rows
@@ -44,32 +48,34 @@ class RunData:
     validation_task: EvalTask | None = None
     test_task: EvalTask | None = None
     test_source: str = ""
+    quarantine: Quarantine | None = None
+
+    @property
+    def bad_records(self) -> list[BadRecord]:
+        """The rows that were left out."""
+        return [] if self.quarantine is None else self.quarantine.records
 
 
-def load_run_data(config: TrainConfig) -> RunData:
+def load_run_data(config: TrainConfig, quarantine: Quarantine | None = None) -> RunData:
     """Read and check every row that the run will need.
 
     The test set is `test_data_path`, or a share of the training rows that is then not trained on.
 
+    Args:
+        config: The settings.
+        quarantine: Takes bad records; None makes one if the settings ask for it.
+
     Raises:
         DataError: if a row cannot be used.
     """
-    train = load_rows(config, config.data_path, streaming=config.streaming)
+    quarantine = quarantine or build_quarantine(config)
+    train = load_rows(config, config.data_path, quarantine, streaming=config.streaming)
     validation, validation_task, test_task, source = None, None, None, ""
     if config.val_data_path is not None:
-        validation = load_rows(config, config.val_data_path, split="dev")
-        validation_task = load_eval_task(
-            config.val_data_path,
-            column_mapping=config.column_mapping,
-            retrieval_mode=config.retrieval_mode,
-            split="dev",
-        )
+        validation = load_rows(config, config.val_data_path, quarantine, split="dev")
+        validation_task = load_task(config, config.val_data_path, quarantine, split="dev")
     if config.test_data_path is not None:
-        test_task = load_eval_task(
-            config.test_data_path,
-            column_mapping=config.column_mapping,
-            retrieval_mode=config.retrieval_mode,
-        )
+        test_task = load_task(config, config.test_data_path, quarantine)
         source = config.test_data_path
     elif config.holdout_ratio > 0:
         train, holdout = split_holdout(train, config.holdout_ratio)
@@ -77,12 +83,26 @@ def load_run_data(config: TrainConfig) -> RunData:
         source = f"{len(holdout)} rows held out of {config.data_path}"
     if config.max_train_samples is not None:
         train = train.select(range(min(len(train), config.max_train_samples)))
-    return RunData(train, validation, validation_task, test_task, source)
+    return RunData(train, validation, validation_task, test_task, source, quarantine)
+
+
+def build_quarantine(config: TrainConfig) -> Quarantine | None:
+    """What takes bad records; None where they end the run."""
+    if config.on_bad_record == "fail":
+        return None
+    cap = config.max_bad_records
+    return Quarantine() if cap is None else Quarantine(cap)
+
+
+def image_rules(config: TrainConfig) -> ImageRules:
+    """Where images are, and what they are held to."""
+    return ImageRules(config.image_root, config.max_image_pixels, config.image_check)
 
 
 def load_rows(
     config: TrainConfig,
     path: Any,
+    quarantine: Quarantine | None = None,
     *,
     split: str = "train",
     streaming: bool = False,
@@ -93,9 +113,25 @@ def load_rows(
         path,
         retrieval_mode=config.retrieval_mode,
         column_mapping=config.column_mapping,
+        images=image_rules(config),
+        quarantine=quarantine,
         split=split,
         streaming=streaming,
         on_progress=on_progress,
+    )
+
+
+def load_task(
+    config: TrainConfig, path: str, quarantine: Quarantine | None = None, *, split: str = "test"
+) -> EvalTask:
+    """The evaluation task of a data path, read as the config says."""
+    return load_eval_task(
+        path,
+        column_mapping=config.column_mapping,
+        retrieval_mode=config.retrieval_mode,
+        images=image_rules(config),
+        quarantine=quarantine,
+        split=split,
     )
 
 

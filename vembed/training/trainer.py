@@ -32,6 +32,7 @@ from vembed.training.data_utils import (
 )
 from vembed.training.evaluator import Evaluator
 from vembed.training.gradient_cache import GradientCache
+from vembed.training.learned_scale import keep_in_model
 from vembed.training.model_builder import enable_static_graph
 from vembed.training.objective import Embeddings, Objective, StepLoss
 from vembed.training.optimizer_builder import trainable_parameters
@@ -235,7 +236,10 @@ class Trainer:
 
         Collective: every process must call it.
         """
-        return self.model if self._sharded is None else self._sharded.plain_copy()
+        model = self.model if self._sharded is None else self._sharded.plain_copy()
+        if model is not None:
+            keep_in_model(self.criterion, self.accelerator.unwrap_model(model))
+        return model
 
     def _step_standard(self, batch: Batch) -> StepOutput:
         """One micro-batch: forward, loss, backward. Override it to change the step.

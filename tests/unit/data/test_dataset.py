@@ -263,7 +263,7 @@ def test_arguments_that_cannot_be_meant(tmp_path):
     expect_error([], "at least one path", error=ConfigError)
     expect_error({"path": path, "prompt": "x"}, "prompt", "query_prompt", error=ConfigError)
     expect_error({"query_prompt": "x"}, "path", error=ConfigError)
-    expect_error(path, "retrieval_mode", "t2i", error=ConfigError, retrieval_mode="t2i")
+    expect_error(path, "retrieval_mode", "t2x", error=ConfigError, retrieval_mode="t2x")
     expect_error(path, "'qery'", error=ConfigError, column_mapping={"qery": "a"})
     expect_error({"path": path, "split": "dev"}, "no splits", error=ConfigError)
 

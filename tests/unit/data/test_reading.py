@@ -7,7 +7,7 @@ import pytest
 from tests.tiny import write_beir, write_rows
 from vembed.data import reading
 from vembed.data.problems import RowProblem
-from vembed.data.reading import read_beir, read_csv, read_jsonl, read_parquet
+from vembed.data.reading import RawRow, read_beir, read_csv, read_jsonl, read_parquet
 from vembed.errors import DataError
 
 
@@ -59,7 +59,7 @@ def test_jsonl_problem_of_one_line_leaves_the_next_readable(write, line, expecte
     assert message.startswith("f:2: line: ")
     assert expected in message
     assert len(message) < 300
-    assert rows[-1] == (3, {"a": 3}, 1.0)
+    assert rows[-1] == RawRow(3, {"a": 3}, 1.0)
 
 
 def test_a_line_that_is_too_long_is_refused_in_bounded_memory(write):
@@ -131,8 +131,8 @@ def test_parquet_counts_rows_and_refuses_what_is_none(write, tmp_path):
     path = tmp_path / "f.parquet"
     datasets.Dataset.from_dict({"a": ["x", "y"], "n": [["p"], None]}).to_parquet(path)
     assert list(read_parquet(str(path))) == [
-        (1, {"a": "x", "n": ["p"]}, 0.5),
-        (2, {"a": "y", "n": None}, 1.0),
+        RawRow(1, {"a": "x", "n": ["p"]}, 0.5),
+        RawRow(2, {"a": "y", "n": None}, 1.0),
     ]
     content = path.read_bytes()
     for broken in (b"text", content[:-30], content[:4] + b"\xff" * 60 + content[64:]):
@@ -143,6 +143,15 @@ def test_parquet_counts_rows_and_refuses_what_is_none(write, tmp_path):
 def test_a_file_that_cannot_be_opened(tmp_path):
     with pytest.raises(DataError, match="cannot be read: No such file"):
         list(read_jsonl(str(tmp_path / "f.jsonl")))
+
+
+def beir_columns(query, positives):
+    return {
+        "query_text": query,
+        "query_image": None,
+        "positive_text": positives,
+        "positive_image": [None] * len(positives),
+    }
 
 
 def test_beir_gives_each_query_with_its_documents(tmp_path):
@@ -164,8 +173,8 @@ def test_beir_gives_each_query_with_its_documents(tmp_path):
     )
     rows = [(row.line, row.values) for row in read_beir(str(tmp_path), "train")]
     assert rows == [
-        (2, {"query": "a", "positive": ["two", "T one"]}),
-        (3, {"query": "b", "positive": ["three"]}),
+        (2, beir_columns("a", ["two", "T one"])),
+        (3, beir_columns("b", ["three"])),
     ]
 
 

@@ -1,8 +1,18 @@
 import pytest
 
+from vembed.data.columns import normalise_mapping
 from vembed.data.problems import PROBLEM_LIMIT, ProblemLog, RowProblem, describe
-from vembed.data.records import ParsedRow, RowParser, normalise_mapping
+from vembed.data.records import ParsedRow, RowParser
 from vembed.errors import ConfigError, DataError
+from vembed.modes import Item, RetrievalMode
+
+T2T = RetrievalMode.parse("t2t")
+
+
+def texts(query, positives=(), negatives=(), *facts):
+    """A parsed row of texts."""
+    items = (tuple(Item(text) for text in several) for several in (positives, negatives))
+    return ParsedRow(Item(query), *items, *facts)
 
 
 def parse(row, mapping=None, **kwargs):
@@ -18,44 +28,44 @@ def problem_of(row, mapping=None, **kwargs):
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"query": "q", "positive": "p"}, ParsedRow("q", ("p",), (), None, None, None)),
+        ({"query": "q", "positive": "p"}, texts("q", ("p",), (), None, None, None)),
         (
             {"query": "q", "positive": "p", "negatives": ["a", "b"]},
-            ParsedRow("q", ("p",), ("a", "b"), None, None, None),
+            texts("q", ("p",), ("a", "b"), None, None, None),
         ),
-        ({"query": "q", "positive": ["p", "r"]}, ParsedRow("q", ("p", "r"), (), None, None, None)),
-        ({"query": "q", "positives": ["p", "r"]}, ParsedRow("q", ("p", "r"), (), None, None, None)),
+        ({"query": "q", "positive": ["p", "r"]}, texts("q", ("p", "r"), (), None, None, None)),
+        ({"query": "q", "positives": ["p", "r"]}, texts("q", ("p", "r"), (), None, None, None)),
         (
             {"anchor": "q", "positive": "p", "negative_1": "a", "negative_2": "b"},
-            ParsedRow("q", ("p",), ("a", "b"), None, None, None),
+            texts("q", ("p",), ("a", "b"), None, None, None),
         ),
         (
             {"query": "q", "positive": "p", "negative": "a", "negative_2": None},
-            ParsedRow("q", ("p",), ("a",), None, None, None),
+            texts("q", ("p",), ("a",), None, None, None),
         ),
-        ({"text": "t", "label": "x"}, ParsedRow("t", (), (), "x", None, None)),
-        ({"text": "t", "label": 3}, ParsedRow("t", (), (), "3", None, None)),
+        ({"text": "t", "label": "x"}, texts("t", (), (), "x", None, None)),
+        ({"text": "t", "label": 3}, texts("t", (), (), "3", None, None)),
         (
             {"text1": "a", "text2": "b", "score": 0.5},
-            ParsedRow("a", ("b",), (), None, 0.5, None),
+            texts("a", ("b",), (), None, 0.5, None),
         ),
         (
             {"sentence1": "a", "sentence2": "b", "score": 4},
-            ParsedRow("a", ("b",), (), None, 4.0, None),
+            texts("a", ("b",), (), None, 4.0, None),
         ),
         (
             {"query": "q", "positive": "p", "negatives": ["n"], "teacher_scores": [2, 1.5]},
-            ParsedRow("q", ("p",), ("n",), None, None, (2.0, 1.5)),
+            texts("q", ("p",), ("n",), None, None, (2.0, 1.5)),
         ),
         (
             {"query": "q", "pos": ["p"], "neg": ["n"], "pos_scores": [9.5], "neg_scores": [1]},
-            ParsedRow("q", ("p",), ("n",), None, None, (9.5, 1.0)),
+            texts("q", ("p",), ("n",), None, None, (9.5, 1.0)),
         ),
         (
             {"query": "q", "positive": "p", "negatives": None, "id": 7, "text": "not used"},
-            ParsedRow("q", ("p",), (), None, None, None),
+            texts("q", ("p",), (), None, None, None),
         ),
-        ({"query": "q", "positive": "p", "negatives": []}, ParsedRow("q", ("p",), (), *[None] * 3)),
+        ({"query": "q", "positive": "p", "negatives": []}, texts("q", ("p",), (), *[None] * 3)),
     ],
 )
 def test_row_forms(row, expected):
@@ -71,11 +81,11 @@ def test_mapping_names_columns_of_any_field():
         "negative_2": "bad2",
         "score": "sim",
     }
-    assert parse(row, mapping) == ParsedRow("q", ("p",), ("a", "b"), None, 1.0, None)
+    assert parse(row, mapping) == texts("q", ("p",), ("a", "b"), None, 1.0, None)
 
 
 def test_mapping_accepts_the_names_of_every_row_form():
-    assert normalise_mapping({"text1": "a", "sentence2": "b", "negatives": "c"}) == {
+    assert normalise_mapping({"text1": "a", "sentence2": "b", "negatives": "c"}, T2T) == {
         "query": ["a"],
         "positive": ["b"],
         "negative": ["c"],
@@ -84,19 +94,19 @@ def test_mapping_accepts_the_names_of_every_row_form():
 
 def test_a_column_that_is_mapped_to_one_field_is_no_other_field():
     row = {"sentence1": "a", "sentence2": "b", "label": 3.5}
-    assert parse(row, {"score": "label"}) == ParsedRow("a", ("b",), (), None, 3.5, None)
+    assert parse(row, {"score": "label"}) == texts("a", ("b",), (), None, 3.5, None)
     assert "similarity is a score" in problem_of(row)
 
 
 def test_swapped_columns():
     row = {"query": "p", "positive": "q"}
-    assert parse(row, {"query": "positive", "positive": "query"}).query == "q"
+    assert parse(row, {"query": "positive", "positive": "query"}).query == Item("q")
 
 
 def test_text_cells_hold_numbers_as_text_and_empty_means_absent():
     row = {"query": "q", "positive": "p", "negative_1": "n", "negative_2": "", "score": "0.5"}
     parsed = parse({**row, "teacher_scores": "[1, 2.5]"}, text_cells=True)
-    assert parsed == ParsedRow("q", ("p",), ("n",), None, 0.5, (1.0, 2.5))
+    assert parsed == texts("q", ("p",), ("n",), None, 0.5, (1.0, 2.5))
     assert parse({"text": "t", "label": "4"}, text_cells=True).label == "4"
 
 

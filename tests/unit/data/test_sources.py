@@ -49,7 +49,7 @@ def test_arrow_folders(tmp_path):
 def test_beir_folder(tmp_path):
     source = find(write_beir(tmp_path), split="test")
     assert source.path.endswith("queries.jsonl")
-    assert next(source.read()).values["query"] == "red apple"
+    assert next(source.read()).values["query_text"] == "red apple"
 
 
 def test_folder_that_is_none_of_these_names_its_files(tmp_path):

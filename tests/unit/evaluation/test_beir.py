@@ -4,6 +4,7 @@ import pytest
 
 from vembed.errors import DataError
 from vembed.evaluation.beir import is_beir_folder, read_beir, write_beir
+from vembed.modes import Item
 
 QUERIES = {"q1": "how tall is it", "q2": "wie groß\tist 'es'\n"}
 CORPUS = {"d1": "ten metres", "d2": 'said "ten"', "d3": ""}
@@ -21,9 +22,13 @@ def replace_line(path, number, line):
     path.write_bytes(b"\n".join(lines))
 
 
+def texts(by_id):
+    return {key: Item(text) for key, text in by_id.items()}
+
+
 def test_what_is_written_is_read_back(folder):
     data = read_beir(folder)
-    assert (data.queries, data.corpus, data.qrels) == (QUERIES, CORPUS, QRELS)
+    assert (data.queries, data.corpus, data.qrels) == (texts(QUERIES), texts(CORPUS), QRELS)
     assert is_beir_folder(folder)
     assert not is_beir_folder(folder / "qrels")
 
@@ -45,7 +50,9 @@ def test_a_document_is_title_space_text(folder):
         folder / "corpus.jsonl", 2, '{"_id": "d2", "title": null, "text": "x", "metadata": {}}'
     )
     replace_line(folder / "corpus.jsonl", 3, '{"_id": "d3", "text": "no title"}')
-    assert read_beir(folder).corpus == {"d1": "Towers ten metres", "d2": "x", "d3": "no title"}
+    assert read_beir(folder).corpus == texts(
+        {"d1": "Towers ten metres", "d2": "x", "d3": "no title"}
+    )
 
 
 def test_only_the_queries_of_the_split_are_kept(folder):
@@ -64,7 +71,7 @@ def test_a_judgement_given_twice_alike_counts_once(folder):
         ("corpus.jsonl", 2, "{broken", r"corpus\.jsonl:2: line: must be one JSON object"),
         ("corpus.jsonl", 2, '["d2"]', r"corpus\.jsonl:2: .*must be one JSON object"),
         ("corpus.jsonl", 2, b'{"_id": "d2", "text": "\xff"}', r"corpus\.jsonl:2: .*UTF-8"),
-        ("corpus.jsonl", 2, '{"_id": 2, "text": "x"}', r"corpus\.jsonl:2: _id: a text is expected"),
+        ("corpus.jsonl", 2, '{"_id": 2, "text": "x"}', r"corpus\.jsonl:2: _id: a text that is"),
         ("corpus.jsonl", 2, '{"_id": "d2", "txt": "x"}', r"corpus\.jsonl:2: text: .*'txt'"),
         ("corpus.jsonl", 2, '{"_id": "d1", "text": "x"}', r"corpus\.jsonl:2: _id: must be unique"),
         ("corpus.jsonl", 2, '{"_id": "d2", "text": "x", "title": 3}', r"corpus\.jsonl:2: title"),

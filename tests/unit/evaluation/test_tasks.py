@@ -4,7 +4,7 @@ import pytest
 
 from tests.unit.evaluation.fakes import hashing_encode
 from vembed.data import Record
-from vembed.errors import ConfigError, DataError
+from vembed.errors import DataError
 from vembed.evaluation import (
     GradedPairsTask,
     LabelledTask,
@@ -26,7 +26,7 @@ def test_a_beir_folder_is_retrieval(tmp_path):
     task = load_eval_task(tmp_path / "b", split="dev")
     assert isinstance(task, RetrievalTask)
     assert task.evaluate(hashing_encode).metrics["recall@1"] == 1
-    with pytest.raises(ConfigError, match="holds texts only"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:1: image: an image is expected"):
         load_eval_task(tmp_path / "b", retrieval_mode="t2i")
 
 

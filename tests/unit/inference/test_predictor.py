@@ -114,3 +114,21 @@ def test_items_by_role_as_evaluation_asks_for_them(predictor):
 
 def test_the_longer_name_is_the_same_class():
     assert VEmbedFactoryPredictor is vembed.Predictor is vembed.VEmbedFactoryPredictor
+
+
+def test_images_in_every_form_give_one_vector(tmp_path):
+    from tests.tiny import tiny_clip, tiny_images
+    from vembed.images import load_image
+
+    predictor = vembed.Predictor(tiny_clip(tmp_path / "clip"))
+    (source,) = tiny_images(1)
+    file = tmp_path / "image.png"
+    file.write_bytes(source.read())
+    forms = [str(file), file, source, load_image(source)]
+    vectors = predictor.encode_image(forms)
+
+    assert vectors.shape == (4, 16)
+    alone = predictor.encode_image(file)
+    np.testing.assert_allclose(vectors, alone.repeat(4, axis=0), atol=1e-6)
+    assert np.array_equal(predictor.encode([Item(image=source)]), alone)
+    assert not np.allclose(predictor.encode(str(file)), vectors[0]), "a str is a text"

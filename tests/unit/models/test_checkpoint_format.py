@@ -105,7 +105,7 @@ def test_prompts_by_role(tmp_path, prompts, default, query, document):
     ("file", "content", "says"),
     [
         ("modules.json", modules("Transformer", "Normalize", "Pooling"), "in that order"),
-        ("modules.json", modules("CLIPModel"), "Found: CLIPModel"),
+        ("modules.json", modules("Transformer"), "Found: Transformer"),
         ("modules.json", [{"idx": 0, "path": "", "type": "custom_st.Transformer"}], "runs no code"),
         ("modules.json", [{"idx": 0, "path": "../x", "type": "x"}], "leads out of the folder"),
         ("modules.json", {"idx": 0}, "expected a list"),

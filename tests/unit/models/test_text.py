@@ -249,20 +249,6 @@ def test_a_model_type_without_encoder_is_refused(tiny_bert_path, tmp_path):
         load_encoder(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"model_type": "clip", "vision_config": {}},
-        {"model_type": "vit", "image_size": 224},
-        {"model_type": "qwen2_vl", "vision_config": {}},
-    ],
-)
-def test_a_model_of_images_says_that_text_only_is_supported(config, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="embeds text only"):
-        load_encoder(str(tmp_path))
-
-
 def test_an_unlisted_type_can_be_forced(tmp_path):
     from transformers import ConvBertConfig, ConvBertModel
 

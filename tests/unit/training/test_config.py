@@ -16,10 +16,14 @@ from vembed.training.config import (
 OTHER = {
     "model_name": ("m", "m"),
     "encoder_mode": ("text", "text"),
+    "text_model_name": ("t", "t"),
+    "image_model_name": ("i", "i"),
     "revision": ("1e5", "1e5"),
     "trust_remote_code": ("true", True),
     "pooling_method": ("cls", "cls"),
     "normalize_embeddings": ("false", False),
+    "projection_dim": ("16", 16),
+    "freeze_towers": ("[image]", ["image"]),
     "max_seq_length": ("64", 64),
     "query_prompt": ("query: ", "query: "),
     "document_prompt": ("", ""),
@@ -37,6 +41,10 @@ OTHER = {
     "retrieval_mode": ("t2i", "t2i"),
     "column_mapping": ("{query: q}", {"query": "q"}),
     "image_root": ("i", "i"),
+    "max_image_pixels": ("99", 99),
+    "image_check": ("decode", "decode"),
+    "on_bad_record": ("quarantine", "quarantine"),
+    "max_bad_records": ("5", 5.0),
     "streaming": ("true", True),
     "shuffle_buffer_size": ("5", 5),
     "num_workers": ("2", 2),
@@ -94,8 +102,13 @@ OTHER = {
 }
 # What another setting has to be for a value to make sense.
 NEEDS = {
+    "text_model_name": {"image_model_name": "i"},
+    "image_model_name": {"text_model_name": "t"},
     "trust_remote_code": {"revision": "abc"},
     "image_root": {"retrieval_mode": "t2i"},
+    "max_image_pixels": {"retrieval_mode": "i2i"},
+    "image_check": {"retrieval_mode": "m2t"},
+    "max_bad_records": {"on_bad_record": "quarantine"},
     "streaming": {"max_steps": "3", "holdout_ratio": "0"},
     "eval_steps": {"val_data_path": "v"},
     "metric_for_best": {"val_data_path": "v"},
@@ -364,6 +377,8 @@ class TestSaving:
         settings |= {
             "ddp_static_graph": False,
             "streaming": False,
+            "text_model_name": None,
+            "image_model_name": None,
             "query_prompt": "one:\ntwo # ' \" é \u2028",
             "data_path": ["a", {"path": "b", "query_prompt": "no"}],
         }

@@ -59,7 +59,8 @@ def test_extras_are_what_is_not_an_input():
 def test_lengths_come_from_the_collator_or_from_the_mask():
     roles = unpack_roles(TEXT_BATCH, "t2t")
     assert row_lengths(TEXT_BATCH, roles) == {"query": [2], "positive": [2]}
-    assert row_lengths({}, {"query": {"pixel_values": torch.ones(2, 3)}}) == {"query": [1, 1]}
+    images = {"pixel_values": torch.ones(2, 3, 32, 32)}
+    assert row_lengths({}, {"query": images}) == {"query": [4, 4]}
 
 
 def test_concat_pads_tokens_and_reports_sizes():
@@ -69,6 +70,19 @@ def test_concat_pads_tokens_and_reports_sizes():
     assert sizes == [1, 2]
     assert stacked["input_ids"].tolist() == [[1, 2], [3, 9], [4, 9]]
     assert stacked["attention_mask"].tolist() == [[1, 1], [1, 0], [1, 0]]
+
+
+def test_concat_counts_items_and_not_patches():
+    ids, mask = torch.ones(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64)
+    image = {
+        "pixel_values": torch.ones(8, 5),
+        "image_grid_thw": torch.tensor([[1, 2, 4]]),
+        "input_ids": ids,
+        "attention_mask": mask,
+    }
+    stacked, sizes = concat_batches([image, image])
+    assert sizes == [1, 1]
+    assert stacked["pixel_values"].shape == (16, 5)
 
 
 def test_concat_refuses_different_keys_and_nothing():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vembed.chunking import count_rows, padded_length, take_rows
 from vembed.training.data_utils import maybe_first
 from vembed.training.first_step.report import RoleChunks
 from vembed.training.gradient_cache import RandomState
@@ -37,16 +38,16 @@ class Forward:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Tensor]) -> Forward:
-        """What a call with these inputs does; rows without a mask count as one token each."""
+        """What a call with these inputs does."""
+        rows = count_rows(inputs)
+        padded = rows * padded_length(inputs)
         mask = inputs.get("attention_mask")
-        if mask is None:
-            mask = torch.ones(len(next(iter(inputs.values()))))
         return cls(
-            rows=len(mask),
-            padded_tokens=mask.numel(),
-            real_tokens=mask.sum(),
+            rows=rows,
+            padded_tokens=padded,
+            real_tokens=torch.tensor(padded) if mask is None else padded - (1 - mask).sum(),
             kept=torch.is_grad_enabled(),
-            first_row={name: tensor[:1] for name, tensor in inputs.items()},
+            first_row=take_rows(inputs, [0], padded_length(inputs)),
         )
 
 

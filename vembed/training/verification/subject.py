@@ -20,7 +20,7 @@ from vembed.data.sampler import own_share
 from vembed.errors import ConfigError
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.run import build_accelerator, build_trainer, check_mode
-from vembed.training.run_data import Rows, RunData, build_collator, load_rows
+from vembed.training.run_data import Rows, RunData, build_collator, build_quarantine, load_rows
 from vembed.training.trainer import Batch, Trainer
 from vembed.training.verification.cases import LORA, Case, Scope, Variation, settings_of
 
@@ -101,7 +101,7 @@ def load_subject(config: TrainConfig, scope: Scope) -> Subject:
     Raises:
         DataError: if there are no rows, or one cannot be used.
     """
-    rows = load_rows(config, config.data_path, streaming=config.streaming)
+    rows = load_rows(config, config.data_path, build_quarantine(config), streaming=config.streaming)
     size = scope.pairs * scope.processes
     if isinstance(rows, RecordDataset):
         order = StatelessBatchSampler(len(rows), min(size, len(rows)), seed=config.seed)

@@ -1,0 +1,144 @@
+"""Rows with images at the command line: check, train, evaluate, encode."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from tests.own_encoder import load_pictures_encoder
+from tests.pictures import COLORS, mode_rows, write_pictures
+from tests.tiny import write_rows
+from vembed.cli import main
+from vembed.inference import encode_items
+
+NAMES = list(COLORS)
+OWN = ("--encoder_mode", "tests.own_encoder:load_pictures_encoder")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Pictures in a folder, which is where commands run; they load the test's own encoder."""
+    monkeypatch.chdir(write_pictures(tmp_path / "data"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(
+        "vembed.inference.predictor.load_encoder", lambda path, **_: load_pictures_encoder(path)
+    )
+    return tmp_path / "data"
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    shown = capsys.readouterr()
+    assert "Traceback" not in shown.err
+    return status, shown.out, shown.err
+
+
+def test_check_shows_images_texts_and_what_is_left_out(folder, capsys):
+    rows = mode_rows("t2i")
+    rows[5]["positives"] = ["gone.png"]
+    write_rows("rows.jsonl", rows)
+    before = sorted(path.name for path in folder.iterdir())
+    status, shown, err = run(
+        capsys, "check", "--model_name", folder, *OWN, "--data_path", "rows.jsonl",
+        "--retrieval_mode", "t2i", "--device", "cpu", "--batch_size", 4,
+        "--on_bad_record", "quarantine", "--max_bad_records", "0.2",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    assert "query: 7 texts; tokens: 50 % up to 6" in shown
+    assert "positive: 8 images; 8 PNG" in shown
+    assert "width: 50 % up to 24" in shown
+    assert "all of them can be decoded" in shown
+    assert "images with the bytes of another" in shown
+    assert "rows that are left out: 1" in shown
+    assert "rows.jsonl:6: positive[0]: there is no such image file" in shown
+    assert re.search(r"positive +pixel_values 3 x 4 x 4 +'\w+\.png'", shown)
+    assert re.search(r"query +6 tokens +\[CLS\] the \w+ one \[SEP\]", shown)
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        ({"positives": ["../../etc/passwd"]}, (), "rows.jsonl:2: positives[0]: an image path must"),
+        ({"positives": ["http://169.254.169.254/"]}, (), "must be a file, not a URL"),
+        ({"positives": ["red.png\0"]}, (), "must not contain NUL characters"),
+        ({}, ("--max_image_pixels", 10), "must not have more than 10 pixels"),
+        ({}, ("--image_root", "nowhere"), "image_root: there is no folder 'nowhere'"),
+        ({}, ("--max_image_pixels", 10**12), "--max_image_pixels: must be at most 178956970"),
+        ({}, ("--max_bad_records", 5), "has no use: a bad record ends the run"),
+        ({}, ("--retrieval_mode", "t2t", "--image_check", "decode"), "has no image"),
+    ],
+)
+def test_mistakes_end_with_status_2(folder, capsys, row, options, expected):
+    rows = mode_rows("t2i")
+    rows[1] |= row
+    write_rows("rows.jsonl", rows)
+    mode = () if "--retrieval_mode" in options else ("--retrieval_mode", "t2i")
+    status, _, err = run(
+        capsys, "check", "--model_name", folder, *OWN, "--data_path", "rows.jsonl", *mode,
+        "--device", "cpu", *options,
+    )  # fmt: skip
+    assert status == 2
+    assert expected in err
+
+
+@pytest.mark.parametrize("mode", ["t2i", "m2i", "i2m"])
+def test_evaluate(folder, capsys, mode):
+    write_rows("rows.jsonl", mode_rows(mode))
+    arguments = ("evaluate", "--model", folder, "--data", "rows.jsonl", "--json")
+    status, shown, _ = run(capsys, *arguments, "--retrieval_mode", mode, "--device", "cpu")
+    assert status == 0
+    assert 0 < json.loads(shown)["ndcg@10"] <= 1
+    status, _, err = run(capsys, *arguments, "--retrieval_mode", mode, "--image_root", "no")
+    assert (status, "there is no folder 'no'" in err) == (2, True)
+
+
+@pytest.mark.parametrize("modality", ["i", "m"])
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
+def test_encode(folder, capsys, modality, ending):
+    names = NAMES[:3]
+    rows = [{"id": n, "text": f"the {n} one", "image": f"{n}.png"} for n in names]
+    if ending == "jsonl":
+        write_rows("rows.jsonl", rows)
+    elif ending == "csv":
+        lines = ["id,text,image", *(",".join(row.values()) for row in rows)]
+        (folder / "rows.csv").write_text("\n".join(lines))
+    else:
+        (folder / "rows.txt").write_text("\n".join(row["image"] for row in rows))
+    arguments = ("--model", folder, "--data", f"rows.{ending}", "--output", "out.npy")
+    status, _, err = run(capsys, "encode", *arguments, "--modality", modality, "--device", "cpu")
+    if (modality, ending) == ("m", "txt"):
+        assert status == 2
+        assert "a line is a text or an image, not both" in err
+        return
+    assert status == 0
+    ids = (folder / "out.ids.txt").read_text().split()
+    assert ids == (["1", "2", "3"] if ending == "txt" else names)
+    from vembed.images import ImageFolder
+    from vembed.modes import Item
+
+    images = [ImageFolder(str(folder)).find(f"{n}.png") for n in names]
+    texts = [f"the {n} one" if modality == "m" else None for n in names]
+    items = [Item(text, image) for text, image in zip(texts, images, strict=True)]
+    expected = encode_items(load_pictures_encoder(""), items, role=None)
+    np.testing.assert_allclose(np.load(folder / "out.npy"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "expected"),
+    [
+        ({"image": "gone.png"}, ("--modality", "i"), "rows.jsonl:2: there is no such image file"),
+        ({"image": "/etc/passwd"}, ("--modality", "i"), "rows.jsonl:2: image: an image must lie"),
+        ({"image": "red.png"}, ("--modality", "m"), "rows.jsonl:2: no column 'text'"),
+        ({"image": "red.png", "text": " "}, ("--modality", "m"), "rows.jsonl:2: text: must not be"),
+        ({"photo": "red.png"}, ("--modality", "i"), "Name one with --image_column"),
+    ],
+)
+def test_rows_that_cannot_be_encoded(folder, capsys, row, options, expected):
+    write_rows("rows.jsonl", [{"image": "red.png", "text": "a"}, row])
+    arguments = ("--model", folder, "--data", "rows.jsonl", "--output", "out.npy")
+    status, _, err = run(capsys, "encode", *arguments, *options)
+    assert status == 2
+    assert expected in err
+    assert not [path.name for path in folder.iterdir() if path.name.startswith((".out", "out"))]

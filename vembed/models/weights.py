@@ -1,0 +1,96 @@
+"""A backbone's weights: read without gaps, and written with nothing lost."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModel
+
+from vembed.errors import CheckpointError, ConfigError
+
+
+def load_backbone(
+    folder: Path, *, torch_dtype: str, attn_implementation: str | None, trust_remote_code: bool
+) -> Any:
+    """The model in `folder`, without task head; a pooler that the checkpoint lacks is taken off.
+
+    Raises:
+        CheckpointError: if weights are missing, of another shape, or cannot be read.
+        ConfigError: if transformers cannot load such a model here.
+    """
+    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    try:
+        backbone, info = AutoModel.from_pretrained(
+            folder,
+            dtype=torch_dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # reported below, together with what is missing
+            **options,
+        )
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{folder}: transformers cannot load this model ({error})") from error
+    lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    lost += sorted(str(entry[0]) for entry in info["mismatched_keys"])
+    if lost:
+        raise CheckpointError(
+            f"{folder}: {len(lost)} weights are missing or of another shape than config.json says, "
+            f"and would start random: {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''}"
+        )
+    if any(name.startswith("pooler.") for name in info["missing_keys"]):
+        backbone.pooler = None
+    text_config = backbone.config.get_text_config()
+    if getattr(text_config, "use_cache", False):
+        text_config.use_cache = False  # keys and values for generation, which no embedding needs
+    return backbone
+
+
+def take_off_pooler(backbone: Any) -> dict[str, Tensor]:
+    """Remove the head that BERT-like models put on the first token, and return its weights."""
+    pooler = getattr(backbone, "pooler", None)
+    if not isinstance(pooler, nn.Module):
+        return {}
+    backbone.pooler = None
+    return {f"pooler.{name}": tensor.detach() for name, tensor in pooler.state_dict().items()}
+
+
+def save_backbone(backbone: Any, folder: Path, taken_off: dict[str, Tensor]) -> None:
+    """Write weights and config as transformers does, with adapters merged in.
+
+    LoRA adapters are merged into a copy on the CPU; the backbone's own weights stay as they are.
+
+    Args:
+        backbone: The model, with adapters or without.
+        folder: Where to write.
+        taken_off: What `take_off_pooler` returned: a folder without these weights would load
+            elsewhere with random ones.
+    """
+    model = _merged(backbone)
+    extra = {name: tensor.to(model.dtype) for name, tensor in taken_off.items()}
+    model.save_pretrained(folder, state_dict={**model.state_dict(), **extra})
+
+
+def _merged(backbone: Any) -> Any:
+    """The backbone with adapters merged in: itself when it has none, else a copy on the CPU."""
+    from peft import PeftModel
+
+    if not isinstance(backbone, PeftModel):
+        return backbone
+    # Unmerging rounds, so it would not give the live weights back exactly; and a second copy may
+    # not fit on the device. Tensors that the copy finds in the memo are taken from there.
+    memo: dict[int, Any] = {id(b): _on_cpu(b) for b in backbone.buffers()}
+    for parameter in backbone.parameters():
+        memo[id(parameter)] = nn.Parameter(_on_cpu(parameter), parameter.requires_grad)
+    return copy.deepcopy(backbone, memo).merge_and_unload(safe_merge=True)
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())
