@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -67,6 +68,12 @@ def _split_trackers(value: Any) -> Any:
     return list(get_args(Tracker)) if words == ["all"] else list(dict.fromkeys(words))
 
 
+def _host(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d+)?", value, re.IGNORECASE):
+        raise ValueError("expected host or host:port, as in example.org")
+    return value.lower()
+
+
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
@@ -89,6 +96,7 @@ def _whole_or_auto(least: int) -> Callable[[Any], Any]:
 
 PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_or_auto(1))]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
+ImageHost = Annotated[str, AfterValidator(_host)]
 TileSize = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(1))]
 
 
@@ -248,6 +256,11 @@ class TrainConfig(BaseModel):
         None,
         description="Folder that image paths are relative to, and must stay under; null: that of "
         "the data file",
+    )
+    image_hosts: list[ImageHost] = Field(
+        [],
+        description="Hosts that images may be fetched from, as in [example.org]; fetched once, "
+        "while rows are read; none: URLs are refused",
     )
     max_image_pixels: Int = Field(
         50_000_000,
@@ -607,7 +620,7 @@ def _composed_conflicts(config: TrainConfig) -> Iterator[Problem]:
 
 def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
     if not set(config.retrieval_mode) & {"i", "m"}:
-        for key in _changed(config, "image_root", "max_image_pixels", "image_check"):
+        for key in _changed(config, "image_root", "image_hosts", "max_image_pixels", "image_check"):
             yield Problem(
                 (key, "retrieval_mode"),
                 f"has no use: retrieval_mode {config.retrieval_mode} has no image. "

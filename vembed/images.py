@@ -78,10 +78,12 @@ class ImageLimits:
         max_pixels: Most pixels, width times height; at most `MOST_PIXELS`. A picture of a few
             kilobytes can claim any number, and three bytes of memory are needed for each.
         max_bytes: Most bytes of the file.
+        hosts: Hosts that images may be fetched from, each as `name` or `name:port`.
     """
 
     max_pixels: int = 50_000_000
     max_bytes: int = 256 * 2**20
+    hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +154,7 @@ class ImageFile(ImageSource):
     prefix: str = ""
 
     def __str__(self) -> str:
-        return repr(_shorten(self.path))
+        return repr(shorten(self.path))
 
     @property
     def identity(self) -> str:
@@ -191,7 +193,7 @@ class ImageFile(ImageSource):
         if os.path.commonpath([root, path]) != root:
             raise self.error(
                 "an image must lie under the image folder",
-                f"which leads to {_shorten(path)!r}; the folder is {root!r}",
+                f"which leads to {shorten(path)!r}; the folder is {root!r}",
                 "Copy the file there, or set image_root to a folder that holds both.",
             )
         # Asked before it is opened: opening a named pipe would wait for a writer.
@@ -220,7 +222,7 @@ class ImageInTar(ImageSource):
     prefix: str = ""
 
     def __str__(self) -> str:
-        return f"{_shorten(self.member)!r} in {os.path.basename(self.shard)!r}"
+        return f"{shorten(self.member)!r} in {os.path.basename(self.shard)!r}"
 
     @property
     def identity(self) -> str:
@@ -263,7 +265,7 @@ class ImageBytes(ImageSource):
 
     def __str__(self) -> str:
         size = f"{len(self.data):,} bytes"
-        return f"{_shorten(self.name)!r} ({size})" if self.name else size
+        return f"{shorten(self.name)!r} ({size})" if self.name else size
 
     @property
     def identity(self) -> str:
@@ -347,9 +349,10 @@ class ImageFolder:
         """
 
         def refuse(rule: str, advice: str) -> ImageError:
-            return ImageError(rule, repr(_shorten(path)), advice, where)
+            return ImageError(rule, repr(shorten(path)), advice, where)
 
-        check_no_url(path, where=where)
+        if is_url(path):
+            raise refuse("an image path must be a file, not a URL", "Name a file.")
         if not path.strip():
             raise refuse("an image path must not be empty", "Fill it in, or remove the row.")
         if "\0" in path:
@@ -384,15 +387,9 @@ class ImageFacts:
     format: str
 
 
-def check_no_url(path: str, *, where: str = "") -> None:
-    """Raise ImageError if `path` is a URL: nothing is ever fetched for a row."""
-    if _URL.match(path):
-        raise ImageError(
-            "an image path must be a file, not a URL",
-            repr(_shorten(path)),
-            "Nothing is fetched: download the images, and name their files.",
-            where,
-        )
+def is_url(path: str) -> bool:
+    """Whether a path is a URL of any kind, `file:` and `data:` among them."""
+    return _URL.match(path) is not None
 
 
 def as_image_source(image: str | os.PathLike[str] | bytes | Image | ImageSource) -> ImageSource:
@@ -414,7 +411,12 @@ def as_image_source(image: str | os.PathLike[str] | bytes | Image | ImageSource)
     if isinstance(image, OpenImage):
         return ImageInMemory(image)
     if isinstance(image, str | os.PathLike):
-        check_no_url(os.fspath(image))
+        if is_url(os.fspath(image)):
+            raise ImageError(
+                "an image path must be a file, not a URL",
+                repr(shorten(os.fspath(image))),
+                "Download it, and give the path of its file, or its bytes.",
+            )
         path = Path(os.path.abspath(image))
         return ImageFile(path.relative_to(path.anchor).as_posix(), path.anchor)
     raise TypeError(
@@ -551,7 +553,7 @@ def _decode(source: ImageSource, image: Image) -> None:
 
 
 def _damaged(source: ImageSource, error: Exception) -> ImageError:
-    reason = _shorten(str(error)) or type(error).__name__
+    reason = shorten(str(error)) or type(error).__name__
     return source.error("an image must be whole", reason, _AGAIN)
 
 
@@ -591,7 +593,7 @@ def _digest(data: bytes) -> str:
     return "blake2b:" + hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
     """The beginning of `text`, with escapes where it is no Unicode: any log must take it."""
     shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
     return shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + "..."

@@ -94,6 +94,13 @@ def test_evaluate(folder, capsys, mode):
     assert (status, "there is no folder 'no'" in err) == (2, True)
 
 
+def test_evaluate_fetches_from_named_hosts_only(folder, capsys):
+    write_rows("rows.jsonl", [{"query": "a", "positive": "http://b.org/a.png"}])
+    arguments = ("evaluate", "--model", folder, "--data", "rows.jsonl", "--retrieval_mode", "t2i")
+    status, _, err = run(capsys, *arguments, "--image_hosts", "a.org")
+    assert (status, "a host in image_hosts (a.org)" in err) == (2, True)
+
+
 @pytest.mark.parametrize("modality", ["i", "m"])
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
 def test_encode(folder, capsys, modality, ending):
@@ -133,6 +140,12 @@ def test_encode(folder, capsys, modality, ending):
         ({"image": "red.png"}, ("--modality", "m"), "rows.jsonl:2: no column 'text'"),
         ({"image": "red.png", "text": " "}, ("--modality", "m"), "rows.jsonl:2: text: must not be"),
         ({"photo": "red.png"}, ("--modality", "i"), "Name one with --image_column"),
+        ({"image": "http://b.org/a"}, ("--modality", "i"), "must be a file, not a URL"),
+        (
+            {"image": "http://b.org/a"},
+            ("--modality", "i", "--image_hosts", "a.org"),
+            "rows.jsonl:2: image: an image URL must be of a host in image_hosts (a.org)",
+        ),
     ],
 )
 def test_rows_that_cannot_be_encoded(folder, capsys, row, options, expected):

@@ -182,6 +182,7 @@ CONFLICTS = [
     ({"trust_remote_code": True}, "trust_remote_code: runs code from the hub"),
     ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2 comp"),
     ({"image_root": "x"}, "image_root: has no use: retrieval_mode t2t has no image"),
+    ({"image_hosts": ["x"]}, "image_hosts: has no use: retrieval_mode t2t has no image"),
     ({"streaming": True, "holdout_ratio": 0}, "streaming: a stream has no known length"),
     ({"streaming": True, "max_steps": 5}, "streaming: nothing can be held out of a stream"),
     ({"eval_steps": 5}, "eval_steps: has no use without validation"),

@@ -64,6 +64,7 @@ CHANGES = {
     "retrieval_mode": ("t2i", {}),
     "column_mapping": ({"query": "positive", "positive": "query"}, {}),
     "image_root": ("<other pictures>", PICTURES),
+    "image_hosts": (["example.org"], {**PICTURES, "data_path": "<urls>"}),
     "max_image_pixels": (10, PICTURES),
     "image_check": ("decode", {**PICTURES, "data_path": "<damaged>", "max_steps": 1}),
     "on_bad_record": ("quarantine", {"data_path": "<bad row>"}),
@@ -145,6 +146,7 @@ def places(tmp_path_factory, tiny_st_path, pairs_path, beir_path):
     # Not among the rows of the first step, unless somebody looks ahead.
     damaged = [*captions, {"query": "a", "positive": "flipped.png"}]
     write_rows(folder / "damaged.jsonl", damaged)
+    write_rows(folder / "urls.jsonl", [{"query": "a", "positive": "http://other.org/a.png"}])
     write_rows(folder / "bad.jsonl", [*rows, {"query": ""}])
     return {
         "<model>": str(tiny_st_path),
@@ -156,6 +158,7 @@ def places(tmp_path_factory, tiny_st_path, pairs_path, beir_path):
         "<other pictures>": str(folder / "others"),
         "<captions>": str(folder / "captions.jsonl"),
         "<damaged>": str(folder / "damaged.jsonl"),
+        "<urls>": str(folder / "urls.jsonl"),
         "<bad row>": str(folder / "bad.jsonl"),
     }
 

@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--column", default="text", help="column that holds the text (default: text)")
     add("--image_column", default="image", help="column that holds the image (default: image)")
     add("--image_root", help="folder that image paths are relative to (default: that of the file)")
+    add("--image_hosts", nargs="+", metavar="HOST", default=[],
+        help="hosts that images may be fetched from (default: none, URLs are refused)")  # fmt: skip
     add("--id_column", help=f"column that names the row (default: {' or '.join(ID_COLUMNS)}, "
         "else the line number)")  # fmt: skip
     add("--role", choices=["query", "document"], help="use the model's prompt for this role")
@@ -160,7 +162,7 @@ def _cells(arguments: argparse.Namespace, folder: str | None) -> CellReader:
     from vembed.data.cells import CellReader
     from vembed.data.rules import ImageRules
 
-    rules = ImageRules(arguments.image_root)
+    rules = ImageRules(arguments.image_root, hosts=tuple(arguments.image_hosts))
     return CellReader(rules.folder(folder), rules.limits)
 
 

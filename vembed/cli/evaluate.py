@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         arguments.data,
         column_mapping=mapping,
         retrieval_mode=arguments.retrieval_mode,
-        images=ImageRules(arguments.image_root),
+        images=ImageRules(arguments.image_root, hosts=tuple(arguments.image_hosts)),
         split=arguments.split,
     )
     result = _measure(arguments.model, task, arguments)
@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--retrieval_mode", default="t2t",
         help="query and document: t text, i image, m both, as in t2i (default: t2t)")  # fmt: skip
     add("--image_root", help="folder that image paths are relative to (default: that of the data)")
+    add("--image_hosts", nargs="+", metavar="HOST", default=[],
+        help="hosts that images may be fetched from (default: none, URLs are refused)")  # fmt: skip
     add("--column_mapping", nargs="+", metavar="FIELD=COLUMN", default=[],
         help="our field name and your column name, as in query=question")  # fmt: skip
     add("--batch_size", type=int, help="most items in a forward pass; their length decides else")

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from vembed.data.problems import RowProblem, describe
+from vembed.image_urls import find_url
 from vembed.images import (
     ImageBytes,
     ImageError,
@@ -17,7 +18,7 @@ from vembed.images import (
     ImageInTar,
     ImageLimits,
     ImageSource,
-    check_no_url,
+    is_url,
 )
 from vembed.modes import IMAGE, TEXT, Item
 
@@ -26,8 +27,8 @@ class CellReader:
     """Cells of one source to items.
 
     - `t`: a text.
-    - `i`: a path under the image folder; the image's bytes; or `{"bytes": ..., "path": ...}`, as
-      `datasets` has images.
+    - `i`: a path under the image folder; a URL of a host that the limits allow; the image's
+      bytes; or `{"bytes": ..., "path": ...}`, as `datasets` has images.
     - `m`: an object `{"text": ..., "image": ...}` of the two; both are needed.
     """
 
@@ -112,8 +113,9 @@ class CellReader:
             raise image_problem(error, field=field, place=place) from None
 
     def _find(self, path: str) -> ImageSource:
+        if is_url(path):
+            return find_url(path, limits=self._limits)
         if self._folder is None:
-            check_no_url(path)
             raise ImageError(
                 "an image path needs a folder that it is relative to",
                 describe(path),

@@ -21,6 +21,7 @@ class ImageRules:
         root: Folder that image paths are relative to, and must stay under; None: that of the data
             file.
         max_pixels: Most pixels of an image.
+        hosts: Hosts that images may be fetched from.
         check: How images are looked at while rows are read: `header` finds missing, foreign,
             oversized and truncated files, `decode` damage in the middle too, at the price of
             decoding every image once more.
@@ -28,12 +29,13 @@ class ImageRules:
 
     root: str | None = None
     max_pixels: int = ImageLimits().max_pixels
+    hosts: tuple[str, ...] = ()
     check: ImageCheck = "header"
 
     @property
     def limits(self) -> ImageLimits:
         """What is refused before decoding."""
-        return ImageLimits(max_pixels=self.max_pixels)
+        return ImageLimits(max_pixels=self.max_pixels, hosts=self.hosts)
 
     def folder(self, default: str | None, *, root: str | None = None) -> ImageFolder | None:
         """What the image paths of one data set are relative to; None when there is no such folder.

@@ -15,13 +15,22 @@ from typing import Any
 import datasets
 import numpy as np
 
-from vembed import images, modes
+from vembed import image_urls, images, modes
 from vembed.data.checking import CheckedRow, OnProgress, RowRules, checked_rows
 from vembed.data.problems import RowProblem
 from vembed.data.records import ParsedRow, Record, place_of
 from vembed.data.sources import Source
 from vembed.errors import DataError
-from vembed.images import ImageBytes, ImageFile, ImageFolder, ImageInTar, ImageLimits, ImageSource
+from vembed.image_urls import ImageUrl
+from vembed.images import (
+    ImageBytes,
+    ImageFile,
+    ImageFolder,
+    ImageInTar,
+    ImageLimits,
+    ImageSource,
+    is_url,
+)
 from vembed.modes import IMAGE, TEXT, Item, RetrievalMode
 
 _ITEM_FIELDS = ("query", "positive", "negative")
@@ -33,6 +42,7 @@ _IMAGE = {
 }
 _WRITTEN_ROWS = 1000
 _WRITTEN_IMAGE_ROWS = 100
+_READERS = (modes, images, image_urls)
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,7 @@ def _from_columns(values: Mapping[str, Any], origin: Origin, where: str) -> Pars
 def _image_columns(image: ImageSource) -> dict[str, Any]:
     columns: dict[str, Any] = dict.fromkeys(_IMAGE)
     match image:
-        case ImageFile(path=path):
+        case ImageFile(path=path) | ImageUrl(url=path):
             return columns | {"path": path}
         case ImageInTar(member=member, offset=offset, size=size):
             return columns | {"path": member, "offset": offset, "size": size}
@@ -313,6 +323,8 @@ def _image_of(columns: Mapping[str, Any], origin: Origin, file: int, where: str)
         member, offset, size = (columns[name] for name in ("path", "offset", "size"))
         shard = origin.files[file]
         return ImageInTar(shard, member, offset, size, prefix, limits=limits, where=where)
+    if is_url(columns["path"]):
+        return ImageUrl(url=columns["path"], limits=limits, where=where)
     root = "" if folder is None else folder.root
     return ImageFile(columns["path"], root, prefix, limits=limits, where=where)
 
@@ -358,7 +370,7 @@ def _changed_files(stored: StoredRows) -> str:
 def _code_digest() -> str:
     """Changes with the code that reads and checks rows: no other version's rows are served."""
     folder = Path(__file__).parent
-    paths = [*sorted(folder.glob("*.py")), Path(modes.__file__), Path(images.__file__)]
+    paths = [*sorted(folder.glob("*.py")), *(Path(str(module.__file__)) for module in _READERS)]
     files = [path.read_bytes() for path in paths]
     return hashlib.blake2b(b"\0".join(files), digest_size=8).hexdigest()
 

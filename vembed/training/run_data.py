@@ -96,7 +96,12 @@ def build_quarantine(config: TrainConfig) -> Quarantine | None:
 
 def image_rules(config: TrainConfig) -> ImageRules:
     """Where images are, and what they are held to."""
-    return ImageRules(config.image_root, config.max_image_pixels, config.image_check)
+    return ImageRules(
+        root=config.image_root,
+        max_pixels=config.max_image_pixels,
+        hosts=tuple(config.image_hosts),
+        check=config.image_check,
+    )
 
 
 def load_rows(
