@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vembed.chunking import DEFAULT_CHUNK_TOKENS, chunk_overhead, plan_chunks, take_rows
 from vembed.models.protocol import Encoder, Role
@@ -60,7 +60,7 @@ def encode_items(
     distinct = sorted(copies, key=lambda item: -len(item.text or ""))
     vectors = np.empty((len(distinct), encoder.embedding_dim), dtype=np.float32)
     autocast = torch.autocast(where.type, autocast_dtype, enabled=autocast_dtype is not None)
-    with _eval_mode(encoder), torch.no_grad(), autocast:
+    with eval_mode(encoder), torch.no_grad(), autocast:
         for start in range(0, len(distinct), _WINDOW_ITEMS):
             window = distinct[start : start + _WINDOW_ITEMS]
             prompts = None if prompt is None else [prompt] * len(window)
@@ -88,7 +88,7 @@ def encode_items(
 
 
 @contextmanager
-def _eval_mode(encoder: Encoder) -> Iterator[None]:
+def eval_mode(encoder: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each module has its own mode again, frozen parts included."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()

@@ -38,6 +38,7 @@ def load_encoder(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantization: str | None = None,
 ) -> Encoder:
     """Load a pretrained encoder with its processor, in eval mode, on the CPU.
 
@@ -55,6 +56,8 @@ def load_encoder(
         attn_implementation: Attention kernel by transformers' name; None lets transformers choose.
         trust_remote_code: Run Python code that lies beside the model's weights.
         revision: Commit, tag or branch of a hub model.
+        quantization: `4bit` or `8bit` weights, on the current GPU, which can only be trained
+            through adapters; None for none.
 
     Raises:
         ConfigError: if the name cannot be resolved, the model type has no encoder, or an option
@@ -73,6 +76,7 @@ def load_encoder(
         "torch_dtype": torch_dtype,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
     }
     encoder: Encoder = load(path, **_fitting(load, options, f"encoder_mode {encoder_mode!r}"))
     return encoder

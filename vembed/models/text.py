@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from vembed.errors import CheckpointError, ConfigError
 from vembed.models.checkpoint_format import CheckpointSettings, read_settings, write_settings
+from vembed.models.merging import merged
 from vembed.models.model_types import attends_causally
 from vembed.models.pooling import check_pooling_method, pool
 from vembed.models.processor import (
@@ -30,6 +30,7 @@ from vembed.models.processor import (
 )
 from vembed.models.projection import Projection
 from vembed.models.protocol import Encoder
+from vembed.models.quantization import quantization_options
 
 _UNLIMITED = 10**9  # transformers writes 1e30 for "no limit"
 
@@ -118,7 +119,7 @@ class TextEncoder(Encoder):
         """
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        model = _merged(self.backbone)
+        model = merged(self.backbone)
         pooler = {name: tensor.to(model.dtype) for name, tensor in self._pooler.items()}
         model.save_pretrained(folder, state_dict={**model.state_dict(), **pooler})
         self.processor.save_pretrained(folder)
@@ -160,6 +161,7 @@ def load_text_encoder(
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> TextEncoder:
     """Load a text encoder from a local folder; the arguments are those of `load_encoder`.
 
@@ -169,7 +171,7 @@ def load_text_encoder(
     """
     stored = read_settings(path)
     backbone = _load_backbone(
-        stored.backbone_folder, torch_dtype, attn_implementation, trust_remote_code
+        stored.backbone_folder, torch_dtype, attn_implementation, trust_remote_code, quantization
     )
     tokenizer = _load_tokenizer(stored, trust_remote_code)
     pooling = _choose_pooling(pooling_method, stored.pooling_method, backbone.config)
@@ -265,8 +267,12 @@ def _position_limit(backbone: Any) -> int | None:
     return None
 
 
-def _load_backbone(folder: Path, dtype: str, attention: str | None, trust: bool) -> Any:
+def _load_backbone(
+    folder: Path, dtype: str, attention: str | None, trust: bool, quantization: str | None
+) -> Any:
     options: dict[str, Any] = {"attn_implementation": attention} if attention else {}
+    if quantization is not None:
+        options |= quantization_options(quantization, dtype)
     try:
         backbone, info = AutoModel.from_pretrained(
             folder,
@@ -328,21 +334,3 @@ def _take_off_pooler(backbone: Any) -> dict[str, Tensor]:
         return {}
     backbone.pooler = None
     return {f"pooler.{name}": tensor.detach() for name, tensor in pooler.state_dict().items()}
-
-
-def _merged(backbone: Any) -> Any:
-    """The backbone with adapters merged in: itself when it has none, else a copy on the CPU."""
-    from peft import PeftModel
-
-    if not isinstance(backbone, PeftModel):
-        return backbone
-    # Unmerging rounds, so it would not give the live weights back exactly; and a second copy may
-    # not fit on the device. Tensors that the copy finds in the memo are taken from there.
-    memo: dict[int, Any] = {id(b): _on_cpu(b) for b in backbone.buffers()}
-    for parameter in backbone.parameters():
-        memo[id(parameter)] = nn.Parameter(_on_cpu(parameter), parameter.requires_grad)
-    return copy.deepcopy(backbone, memo).merge_and_unload(safe_merge=True)
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())

@@ -1,9 +1,10 @@
-"""Student and teacher from the configuration: loading, LoRA, checkpointing of activations, DDP."""
+"""Student and teacher from the configuration: loading, freezing, adapters, recomputation, DDP."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
@@ -13,6 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError
 from vembed.models import load_encoder
+from vembed.models.quantization import check_quantization
+from vembed.training.adapter_files import load_adapters
+from vembed.training.adapters import adapt, adapted_layers, count_names
+from vembed.training.dropout import set_dropout
+from vembed.training.freezing import freeze
 
 if TYPE_CHECKING:
     from vembed.models.protocol import Encoder
@@ -23,6 +29,8 @@ logger = logging.getLogger(__name__)
 def build_model(config: TrainConfig | Mapping[str, Any]) -> Encoder:
     """Load the encoder that is to be trained, on the CPU and in training mode.
 
+    Dropout is as the settings say, and what they freeze for good is frozen.
+
     Raises:
         ConfigError: if the model is not named, or cannot be what the settings ask for.
         CheckpointError: if its files are missing or do not fit.
@@ -30,6 +38,8 @@ def build_model(config: TrainConfig | Mapping[str, Any]) -> Encoder:
     config = TrainConfig.coerce(config)
     if config.model_name is None:
         raise ConfigError("model_name: required. Received: null. Name a hub id, folder or package:")
+    if config.lora_quantization is not None:
+        check_quantization(config.lora_quantization, on_cpu=config.device == "cpu")
     encoder = load_encoder(
         config.model_name,
         encoder_mode=config.encoder_mode,
@@ -42,9 +52,14 @@ def build_model(config: TrainConfig | Mapping[str, Any]) -> Encoder:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         revision=config.revision,
+        quantization=config.lora_quantization,
     )
-    if config.gradient_checkpointing:
-        _recompute_activations(encoder.backbone)
+    for tower in _towers(encoder):
+        if config.dropout is not None:
+            set_dropout(tower.backbone, config.dropout)
+        if config.gradient_checkpointing:
+            _recompute_activations(tower.backbone)
+    freeze(encoder, config.freeze, until_later=config.unfreeze_at_step)
     encoder.train()
     return encoder
 
@@ -75,47 +90,48 @@ def apply_lora(
 ) -> None:
     """Put low-rank adapters into the backbone, in place, and freeze the rest of it.
 
-    Does nothing unless `use_lora` is set. Call it before the optimizer is built.
+    Does nothing unless `use_lora` is set. Call it before the optimizer is built. What is outside
+    the backbone, such as projections, goes on training, and so do the backbone's own heads.
 
     Raises:
-        ConfigError: if `lora_target_modules` names layers that the backbone does not have.
+        ConfigError: if `lora_target_modules` names layers that cannot be adapted, or `adapter_path`
+            holds adapters of other settings.
+        CheckpointError: if `adapter_path` cannot be read or does not fit.
     """
     config = TrainConfig.coerce(config)
     if not config.use_lora:
         return
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
-    )
-    try:
-        model.backbone = get_peft_model(model.backbone, settings)
-    except ValueError as error:
-        linear = sorted(
-            {n.rpartition(".")[2] for n, m in model.backbone.named_modules() if _is_linear(m)}
-        )
-        raise ConfigError(
-            f"lora_target_modules: {config.lora_target_modules}: {error} "
-            f"The backbone's linear layers are named: {', '.join(linear)}"
-        ) from error
+    for tower in _towers(model):
+        # Nothing in it is to be trained: it takes no part, or was frozen on purpose.
+        if config.lora_quantization or any(p.requires_grad for p in tower.backbone.parameters()):
+            tower.backbone = adapt(tower.backbone, config)
+    if config.adapter_path is not None:
+        load_adapters(Path(config.adapter_path), model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if accelerator.is_main_process:
         logger.info(
-            "LoRA: rank %d on %s; %s of %s parameters train (%.2f %%)",
+            "%-14s %s of rank %d on %s; %s of %s parameters train (%.2f %%)",
+            "adapters",
+            _adapter_kind(config),
             config.lora_r,
-            ", ".join(config.lora_target_modules or ["all linear layers"]),
+            count_names(adapted_layers(model)),
             f"{trainable:,}",
             f"{total:,}",
             100 * trainable / total,
         )
 
 
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def _adapter_kind(config: TrainConfig) -> str:
+    quantized = f" on {config.lora_quantization} weights" if config.lora_quantization else ""
+    kind = "DoRA" if config.use_dora else "LoRA"
+    return f"{'rs' if config.use_rslora else ''}{kind}{quantized}"
+
+
+def _towers(model: Any) -> Sequence[Any]:
+    """What has a backbone each: the encoder itself, unless it is made of several."""
+    towers: Sequence[Any] = getattr(model, "towers", (model,))
+    return towers
 
 
 def enable_static_graph(
@@ -127,12 +143,14 @@ def enable_static_graph(
 
     Args:
         model: The model as `accelerator.prepare` returned it.
-        config: Reads `ddp_static_graph`, `use_gradient_cache`, `gradient_accumulation_steps`.
+        config: Reads `ddp_static_graph`, `use_gradient_cache`, `gradient_accumulation_steps`,
+            `unfreeze_at_step`.
         accelerator: The Accelerator that prepared the model.
 
     Raises:
         ConfigError: with gradient caching or accumulation, which crash inside DDP ("expect autograd
-            hooks" internal assert) because their first backward passes must not reduce.
+            hooks" internal assert) because their first backward passes must not reduce; and with
+            parameters that join later.
     """
     config = TrainConfig.coerce(config)
     if not config.ddp_static_graph:
@@ -140,11 +158,13 @@ def enable_static_graph(
     for key, clash in (
         ("use_gradient_cache", config.use_gradient_cache),
         ("gradient_accumulation_steps", config.gradient_accumulation_steps > 1),
+        ("unfreeze_at_step", bool(config.unfreeze_at_step)),
     ):
         if clash:
             raise ConfigError(
                 f"ddp_static_graph: does not work with {key}: {config[key]}, because DDP with a "
-                f"static graph must reduce in every backward pass. Turn one of them off"
+                f"static graph must reduce the same gradients in every backward pass. Turn one of "
+                f"them off"
             )
     if accelerator.num_processes > 1 and isinstance(model, DistributedDataParallel):
         model._set_static_graph()  # type: ignore[no-untyped-call]
