@@ -78,6 +78,24 @@ def test_distillation_with_adapters_and_checkpointing(verify, tiny_qwen3_path):
     assert not failures(verify(AS_CONFIGURED, UNEVEN, **settings))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_lora": True, "use_dora": True, "use_rslora": True, "dropout": 0.2},
+        {
+            "freeze": ["backbone.embeddings.*"],
+            "unfreeze_at_step": {"backbone.encoder.layer.0.*": 5, "loss.*": 5},
+            "learn_temperature": True,
+        },
+    ],
+    ids=["dora", "partial"],
+)
+def test_adapters_of_other_kinds_and_frozen_parts(verify, settings):
+    verification = verify(AS_CONFIGURED, DROPOUT, UNEVEN, **settings)
+    assert not failures(verification)
+    assert all(set(result.groups) == {"backbone"} for result in verification.results)
+
+
 def test_static_graph(verify):
     assert not failures(verify(AS_CONFIGURED, ddp_static_graph=True))
 

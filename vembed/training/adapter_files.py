@@ -41,7 +41,7 @@ def save_adapters(folder: Path, encoder: nn.Module, criterion: Any = None) -> No
     adapters = adapters_of(encoder)
     for name, model in adapters.items():
         target = folder_of(folder, name, adapters)
-        target.mkdir(parents=True)
+        target.mkdir(parents=True, exist_ok=True)
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
         _save(weights, target / _WEIGHTS)
         settings = copy.copy(model.peft_config["default"])
