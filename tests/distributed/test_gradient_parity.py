@@ -91,7 +91,7 @@ def test_distillation_with_adapters_and_checkpointing(verify, tiny_qwen3_path):
     ids=["dora", "partial"],
 )
 def test_adapters_of_other_kinds_and_frozen_parts(verify, settings):
-    verification = verify(AS_CONFIGURED, DROPOUT, UNEVEN, **settings)
+    verification = verify(AS_CONFIGURED, UNEVEN, **settings)
     assert not failures(verification)
     assert all(set(result.groups) == {"backbone"} for result in verification.results)
 

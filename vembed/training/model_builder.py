@@ -105,6 +105,9 @@ def apply_lora(
         # Nothing in it is to be trained: it takes no part, or was frozen on purpose.
         if config.lora_quantization or any(p.requires_grad for p in tower.backbone.parameters()):
             tower.backbone = adapt(tower.backbone, config)
+    if config.lora_quantization is not None:
+        # Quantized layers never train by themselves, so it did not show which of them were frozen.
+        freeze(model, config.freeze, until_later=config.unfreeze_at_step)
     if config.adapter_path is not None:
         load_adapters(Path(config.adapter_path), model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
