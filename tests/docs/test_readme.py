@@ -63,6 +63,15 @@ def test_python_blocks_run(folder, tiny_st_path):
     assert names["scores"].shape == (1, 2)
 
 
+def test_yaml_blocks_run(folder, tiny_st_path, capfd):
+    yamls = blocks("yaml")
+    for text in yamls:
+        (folder / "part.yaml").write_text(text)
+        own = ["--model_name", str(tiny_st_path), "--data_path", "pairs.jsonl", "--epochs", "1"]
+        assert main(["train", "--config", "part.yaml", *own, "--device", "cpu"]) == 0
+    assert len(yamls) == 1
+
+
 @pytest.mark.parametrize("words", commands("vembed"), ids=" ".join)
 def test_commands_parse(words, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
