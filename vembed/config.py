@@ -10,6 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
@@ -653,6 +654,12 @@ def _lora_conflicts(config: TrainConfig) -> Iterator[Problem]:
             yield Problem((key, "use_lora"), "has no use without adapters. Set use_lora: true")
     if config.lora_quantization is None:
         return
+    if find_spec("bitsandbytes") is None:
+        yield Problem(
+            ("lora_quantization",),
+            f"{config.lora_quantization} needs the package bitsandbytes, which is not installed. "
+            "Install it (pip install bitsandbytes), or set lora_quantization: null",
+        )
     if config.device == "cpu":
         yield Problem(
             ("lora_quantization", "device"),

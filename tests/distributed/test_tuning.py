@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.distributed.test_image_models import train as train_towers
 from tests.distributed.test_training import folder, largest_difference, train
 from tests.launch import run_on_processes
+from tests.unit.models.families import family_path, load
 
 __all__ = ["folder"]
 
@@ -53,6 +55,50 @@ def test_two_processes_train_like_one(folder, alone, name, strategy):
     if strategy == "ddp":
         # Once in each step, also in those before parameters join, and after.
         assert set(two["reductions"]) == {1}
+
+
+TOWERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # LiT: of the image tower its projection trains, of the text tower adapters and projection.
+    "locked tower": (
+        "composed",
+        {"use_lora": True, "use_dora": True, "lora_dropout": 0.0, "freeze_towers": ["image"]},
+    ),
+    "locked by a pattern": (
+        "composed",
+        {
+            "freeze": ["image.backbone"],
+            "unfreeze_at_step": {"text.backbone.encoder.layer.0": 1},
+            "lr_groups": {"projections.*": 2},
+            "layerwise_lr_decay": 0.5,
+            "dropout": 0.0,
+        },
+    ),
+    "parts of both": (
+        "siglip",
+        {"freeze": ["*.embeddings"], "unfreeze_at_step": {"backbone.vision_model.head": 2}},
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    [("locked tower", "fsdp2"), ("locked by a pattern", "ddp"), ("parts of both", "fsdp2")],
+)
+def test_two_towers_train_like_on_one_process(name, strategy, tmp_path):
+    family, settings = TOWERS[name]
+    path = str(family_path(family))
+    train_towers(path, "t2i", str(tmp_path / "one"), settings)
+    settings = {**settings, "distributed_strategy": strategy}
+    run_on_processes(train_towers, 2, path, "t2i", str(tmp_path / "two"), settings, timeout=240)
+
+    before, one, two = (
+        load(folder).state_dict()
+        for folder in (path, tmp_path / "one" / "final", tmp_path / "two" / "final")
+    )
+    assert largest_difference(one, before) > 1e-3
+    assert largest_difference(one, two) < 2e-5
+    locked = {n: t for n, t in before.items() if n.startswith("image.") and family == "composed"}
+    assert all(torch.equal(two[n], tensor) for n, tensor in locked.items())
 
 
 def test_the_comparison_sees_a_step(folder, alone):

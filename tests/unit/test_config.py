@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vembed import config as config_module
 from vembed.config import ALIASES, SECTIONS, SettingsError, TrainConfig, check
 from vembed.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "train.yaml"
+
+
+@pytest.fixture(autouse=True)
+def bitsandbytes(monkeypatch):
+    """As if it were installed: whether it is decides about lora_quantization."""
+    find = config_module.find_spec
+    monkeypatch.setattr(
+        config_module,
+        "find_spec",
+        lambda name: object() if name == "bitsandbytes" else find(name),
+    )
 
 
 def problems_of(**settings) -> list[str]:
@@ -285,6 +297,12 @@ REQUIRED = {"model_name": "m", "data_path": "d"}
 def test_settings_that_cannot_work_together(settings, start):
     (problem,) = check({**REQUIRED, **settings})
     assert problem.startswith(start)
+
+
+def test_quantization_without_its_package(monkeypatch):
+    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
+    (problem,) = check({**REQUIRED, "use_lora": True, "lora_quantization": "8bit"})
+    assert problem.startswith("lora_quantization: 8bit needs the package bitsandbytes")
 
 
 @pytest.mark.parametrize("settings", SOUND)

@@ -58,11 +58,18 @@ def _on_loaded_weights(backbone: Any) -> Any:
     from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 
     base = backbone.get_base_model()
+    config = copy.deepcopy(base.config)  # as it was changed after loading
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     plain = type(base).from_pretrained(
-        base.name_or_path, dtype=torch.float32, local_files_only=True
+        base.name_or_path, config=config, dtype=torch.float32, local_files_only=True
     )
     if getattr(base, "pooler", plain) is None:
         plain.pooler = None
+    with torch.no_grad():
+        # The model's own beside its layers, such as a logit_scale that was learned by the loss.
+        for name, parameter in base.named_parameters(recurse=False):
+            getattr(plain, name).copy_(_on_cpu(parameter))
     adapters = get_peft_model_state_dict(backbone, save_embedding_layers=False)
     adapted = PeftModel(plain, copy.deepcopy(backbone.peft_config["default"]))
     set_peft_model_state_dict(adapted, {name: _on_cpu(t) for name, t in adapters.items()})

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 
 from vembed.errors import ConfigError
+from vembed.models.towers import HEADS
 
 
-def check_quantization(quantization: str, *, on_cpu: bool) -> None:
-    """Raise ConfigError unless quantized weights can be had here; before any are loaded."""
-    if importlib.util.find_spec("bitsandbytes") is None:
+def check_quantization(quantization: str) -> None:
+    """Raise ConfigError where there is no GPU; call it before any weights are loaded."""
+    if not torch.accelerator.is_available():
         raise ConfigError(
-            f"lora_quantization: {quantization} needs the package bitsandbytes, which is not "
-            "installed. Install it (pip install bitsandbytes), or set lora_quantization: null"
-        )
-    if on_cpu or not torch.accelerator.is_available():
-        raise ConfigError(
-            f"lora_quantization: {quantization} needs a GPU. Received: "
-            f"{'device: cpu' if on_cpu else 'a machine without one'}. Set lora_quantization: null"
+            f"lora_quantization: {quantization} needs a GPU. Received: a machine without one. "
+            "Set lora_quantization: null"
         )
 
 
@@ -34,9 +29,14 @@ def quantization_options(quantization: str, dtype: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
-        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        return {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_8bit=True, llm_int8_skip_modules=list(HEADS)
+            )
+        }
     config = BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=list(HEADS),  # of 4 bits too, whatever the name says
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),

@@ -10,19 +10,16 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError, did_you_mean
+from vembed.models.towers import HEADS
 
-# Parts of a backbone that turn hidden states into the embedding: small, often new, and trained as
-# they are rather than through adapters.
-_HEADS = ("pooler", "head", "text_projection", "visual_projection")
-_IN_A_HEAD = rf"(.*\.)?({'|'.join(_HEADS)})(\..*)?"
-
+_IN_A_HEAD = rf"(.*\.)?({'|'.join(HEADS)})(\..*)?"
 
 # What peft says of a matter that it settles itself, or that is none.
 _IDLE_WARNINGS = (
@@ -32,19 +29,28 @@ _IDLE_WARNINGS = (
 )
 
 
-def adapt(backbone: Any, config: TrainConfig) -> Any:
+def adapt(
+    backbone: Any,
+    config: TrainConfig,
+    *,
+    targets: Collection[str] | None = None,
+    model_name: str | None = None,
+) -> Any:
     """The backbone with new adapters, which do nothing yet; everything else but heads is frozen.
 
     Args:
         backbone: Changed in place. What is frozen in it gets no adapter.
-        config: Reads `lora_*`, `use_dora`, `use_rslora`, `gradient_checkpointing`, `model_name`.
+        config: Reads `lora_*`, `use_dora`, `use_rslora`, `revision`.
+        targets: What `find_targets` found in it, if it was asked.
+        model_name: What the adapter says that it belongs to.
 
     Raises:
         ConfigError: if `lora_target_modules` names what cannot be adapted, or nothing can.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    targets = find_targets(backbone, config.lora_target_modules)
+    if targets is None:
+        (targets,) = find_targets([backbone], config.lora_target_modules)
     heads = [
         n for n, m in _outermost_heads(backbone) if any(p.requires_grad for p in m.parameters())
     ]
@@ -60,54 +66,77 @@ def adapt(backbone: Any, config: TrainConfig) -> Any:
         modules_to_save=heads or None,
     )
     if getattr(backbone, "hf_quantizer", None) is not None:
-        backbone = prepare_model_for_kbit_training(
-            backbone,
-            use_gradient_checkpointing=config.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-        )
+        # Recomputing activations is on already, in the way that needs no gradient at the inputs.
+        backbone = prepare_model_for_kbit_training(backbone, use_gradient_checkpointing=False)
     with warnings.catch_warnings():
         for message in _IDLE_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         adapted = get_peft_model(backbone, settings)
     # Otherwise a path on this machine.
-    adapted.peft_config["default"].base_model_name_or_path = config.model_name
+    adapted.peft_config["default"].base_model_name_or_path = model_name
     adapted.peft_config["default"].revision = config.revision
     return adapted
 
 
-def find_targets(backbone: nn.Module, wanted: Collection[str] | None) -> list[str]:
+def find_targets(backbones: Sequence[nn.Module], wanted: Collection[str] | None) -> list[list[str]]:
     """Names of the linear layers to adapt: all of them but heads and frozen ones, or those wanted.
 
     Args:
-        backbone: Without adapters.
-        wanted: Names, or ends of names from a dot on, as in `query` or `attention.self.query`.
+        backbones: Without adapters; of each tower one.
+        wanted: Names, or ends of names from a dot on, as in `query` or `attention.self.query`, each
+            of a layer in one backbone at least.
+
+    Returns:
+        The names in each backbone.
 
     Raises:
         ConfigError: if a wanted one is not there, or there is none at all.
     """
-    known = [name for name, module in _adaptable(backbone) if _is_trained(module)]
+    found = [[n for n, m in _adaptable(backbone) if _is_trained(m)] for backbone in backbones]
+    known = [name for names in found for name in names]
+    label = " or ".join(dict.fromkeys(type(backbone).__name__ for backbone in backbones))
     if not known:
         raise ConfigError(
-            f"use_lora: {type(backbone).__name__} has no linear layer that is not frozen to put "
+            f"use_lora: {label or 'the model'} has no linear layer that is not frozen to put "
             "adapters on. Set use_lora: false, or freeze less"
         )
     if wanted is None:
-        return known
+        return found
     for name in wanted:
         if not any(_ends_with(layer, name) for layer in known):
-            ends = [layer.rpartition(".")[2] for layer in known]
+            ends = [_short(layer) for layer in known]
             raise ConfigError(
-                f"lora_target_modules: {name!r} is no linear layer of {type(backbone).__name__} "
+                f"lora_target_modules: {name!r} is no linear layer of {label} "
                 f"that can be adapted{did_you_mean(name, dict.fromkeys([*ends, *known]))}. "
                 f"Those are: {count_names(known)}"
             )
-    return [layer for layer in known if any(_ends_with(layer, name) for name in wanted)]
+    return [[x for x in names if any(_ends_with(x, name) for name in wanted)] for names in found]
+
+
+def freeze_all_but_heads(backbone: nn.Module) -> None:
+    """As adapting would leave a backbone of which no layer is wanted, in place."""
+    for name, parameter in backbone.named_parameters():
+        if not re.fullmatch(_IN_A_HEAD, name):
+            parameter.requires_grad_(False)
 
 
 def count_names(layers: Iterable[str]) -> str:
     """Layers by the last part of their names, as in `key x2, query x2`."""
-    counts = Counter(layer.rpartition(".")[2] for layer in layers)
+    counts = Counter(map(_short, layers))
     return ", ".join(f"{name} x{count}" for name, count in sorted(counts.items()))
+
+
+def describe_layers(model: nn.Module) -> str:
+    """The layers that have adapters, for the log: of each tower by itself, where there are two."""
+    adapters = adapters_of(model)
+    groups: dict[str, list[str]] = {}
+    for name, backbone in adapters.items():
+        for layer in adapted_layers(backbone.get_base_model()):
+            tower = name.removesuffix(".backbone") if len(adapters) > 1 else layer.split(".")[0]
+            groups.setdefault(tower, []).append(layer)
+    if len(groups) == 1:
+        return count_names(*groups.values())
+    return "; ".join(f"{tower}: {count_names(layers)}" for tower, layers in groups.items())
 
 
 def adapted_layers(model: nn.Module) -> list[str]:
@@ -147,8 +176,14 @@ def _is_trained(module: nn.Module) -> bool:
 
 
 def _outermost_heads(backbone: nn.Module) -> list[tuple[str, nn.Module]]:
-    named = [(n, m) for n, m in backbone.named_modules() if n.rpartition(".")[2] in _HEADS]
+    named = [(n, m) for n, m in backbone.named_modules() if n.rpartition(".")[2] in HEADS]
     return [(n, m) for n, m in named if not any(n.startswith(f"{o}.") for o, _ in named)]
+
+
+def _short(layer: str) -> str:
+    """The last part of a name; with the one before it where it is a number in a list."""
+    rest, _, last = layer.rpartition(".")
+    return f"{rest.rpartition('.')[2]}.{last}" if last.isdigit() else last
 
 
 def _ends_with(layer: str, name: str) -> bool:

@@ -11,13 +11,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vembed.config import TrainConfig
+from vembed.config import SettingsError, TrainConfig, find_conflicts
 from vembed.errors import ConfigError
 from vembed.models import compose_encoder, load_encoder
+from vembed.models.composed import ComposedEncoder
 from vembed.models.quantization import check_quantization
+from vembed.models.towers import TOWERS
 from vembed.modes import RetrievalMode
 from vembed.training.adapter_files import load_adapters
-from vembed.training.adapters import adapt, adapted_layers, count_names
+from vembed.training.adapters import adapt, describe_layers, find_targets, freeze_all_but_heads
 from vembed.training.dropout import set_dropout
 from vembed.training.freezing import freeze
 
@@ -38,7 +40,10 @@ def build_model(config: TrainConfig | Mapping[str, Any]) -> Encoder:
     """
     config = TrainConfig.coerce(config)
     if config.lora_quantization is not None:
-        check_quantization(config.lora_quantization, on_cpu=config.device == "cpu")
+        found = [p for p in find_conflicts(config) if p.keys[0] == "lora_quantization"]
+        if found:
+            raise SettingsError(found)
+        check_quantization(config.lora_quantization)
     encoder = _load(config)
     for tower in _towers(encoder):
         if config.dropout is not None:
@@ -132,12 +137,23 @@ def apply_lora(
     config = TrainConfig.coerce(config)
     if not config.use_lora:
         return
-    for tower in _towers(model):
-        # Nothing in it is to be trained: it takes no part, or was frozen on purpose.
-        if config.lora_quantization or any(p.requires_grad for p in tower.backbone.parameters()):
-            tower.backbone = adapt(tower.backbone, config)
+    trained = [
+        (name, tower)
+        for name, tower in _named_towers(model, config)
+        # Else it takes no part, or was frozen on purpose.
+        if config.lora_quantization or any(p.requires_grad for p in tower.backbone.parameters())
+    ]
+    targets = find_targets([t.backbone for _, t in trained], config.lora_target_modules)
+    for (name, tower), layers in zip(trained, targets, strict=True):
+        if layers:
+            tower.backbone = adapt(tower.backbone, config, targets=layers, model_name=name)
+        else:
+            freeze_all_but_heads(tower.backbone)
     if config.lora_quantization is not None:
         # Quantized layers never train by themselves, so it did not show which of them were frozen.
+        for half in config.freeze_towers:
+            model.freeze(half)  # type: ignore[operator]
+        _freeze_unused(model, config)
         freeze(model, config.freeze, until_later=config.unfreeze_at_step)
     if config.adapter_path is not None:
         load_adapters(Path(config.adapter_path), model)
@@ -149,11 +165,22 @@ def apply_lora(
             "adapters",
             _adapter_kind(config),
             config.lora_r,
-            count_names(adapted_layers(model)),
+            describe_layers(model),
             f"{trainable:,}",
             f"{total:,}",
             100 * trainable / total,
         )
+
+
+def _named_towers(model: Encoder, config: TrainConfig) -> list[tuple[str | None, Any]]:
+    """What has a backbone each, with the name that it was loaded by."""
+    towers = _towers(model)
+    names = [config.model_name] * len(towers)
+    if config.text_model_name is not None:
+        names = [config.text_model_name, config.image_model_name]
+    elif isinstance(model, ComposedEncoder):
+        names = [f"{config.model_name}/{tower}" for tower in TOWERS]
+    return list(zip(names, towers, strict=True))
 
 
 def _adapter_kind(config: TrainConfig) -> str:

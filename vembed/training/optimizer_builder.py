@@ -54,9 +54,9 @@ def build_optimizer(
 ) -> Optimizer:
     """An optimizer over every trainable parameter of the model and of the loss.
 
-    Weight decay spares vectors and scalars: biases, norms, the temperature. A learning rate is
-    `lr`, times `layerwise_lr_decay` for each layer above the parameter, times the factor of
-    `lr_groups`, or the value there.
+    Weight decay spares vectors and scalars: biases, norms, class tokens, the temperature. A
+    learning rate is `lr`, times `layerwise_lr_decay` for each layer above the parameter, times the
+    factor of `lr_groups`, or the value there.
 
     Args:
         model: The encoder.
@@ -124,13 +124,19 @@ def _parameter_groups(
     for name, parameter in named_parameters(model, criterion):
         if parameter.requires_grad:
             is_whole = parameter.ndim == 0 or name.startswith(LOSS)
-            rate, is_spared = rates[name], parameter.ndim <= 1
+            rate, is_spared = rates[name], _is_vector(parameter)
             key = (rate != base_lr, is_whole, -rate, is_spared)
             groups.setdefault(key, []).append(parameter)
     return [
         {"params": of, "lr": -rate, "weight_decay": 0.0 if is_spared else config.weight_decay}
         for (_, _, rate, is_spared), of in sorted(groups.items(), key=lambda item: item[0])
     ]
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    """Whether it is a vector or a scalar; tokens of image models are vectors `[1, 1, H]`."""
+    is_token = parameter.ndim > 2 and parameter.numel() == parameter.shape[-1]
+    return parameter.ndim <= 1 or is_token
 
 
 def _learning_rates(

@@ -90,8 +90,9 @@ def layers_above(model: nn.Module) -> dict[int, int]:
     """How many layers are above each parameter in its stack, by the parameter's id.
 
     A stack is a list of layers (`nn.ModuleList`) inside a backbone; of lists in one another, the
-    outermost. 0 is the last layer and whatever comes after; what comes before the layers, and
-    every embedding table, has all layers above it. Parameters outside a backbone are left out.
+    outermost, and of lists beside each other, the longest. 0 is the last layer and whatever comes
+    after; what comes before the layers, and every embedding table, has all layers above it.
+    Parameters outside a backbone are left out.
     """
     found: dict[int, int] = {}
     for name, backbone in _backbones(model):
@@ -155,4 +156,11 @@ def _stacks(backbone: nn.Module) -> dict[str, nn.ModuleList]:
         for name, module in backbone.named_modules()
         if isinstance(module, nn.ModuleList) and next(module.parameters(), None) is not None
     }
-    return {n: m for n, m in lists.items() if not any(n.startswith(f"{outer}.") for outer in lists)}
+    outer = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
+    # Of lists beside each other, shorter ones are no layers, such as Qwen3-VL's ways from some of
+    # its vision layers into the text.
+    longest: dict[str, int] = {}
+    for name, stack in outer.items():
+        place = name.rpartition(".")[0]
+        longest[place] = max(len(stack), longest.get(place, 0))
+    return {n: m for n, m in outer.items() if len(m) == longest[n.rpartition(".")[0]]}

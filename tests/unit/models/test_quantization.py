@@ -6,14 +6,15 @@ No test here has bitsandbytes or a GPU; what runs on quantized weights is not co
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 
 import pytest
 import torch
 
+from vembed import config
 from vembed.errors import ConfigError
-from vembed.models import load_encoder, quantization
+from vembed.models import load_encoder
 from vembed.models.quantization import check_quantization, quantization_options
+from vembed.models.towers import HEADS
 from vembed.training.model_builder import build_model
 
 CONFIG = {"use_lora": True, "lora_quantization": "4bit"}
@@ -22,13 +23,12 @@ CONFIG = {"use_lora": True, "lora_quantization": "4bit"}
 @pytest.fixture
 def backend(monkeypatch):
     """As if bitsandbytes were installed, and a GPU there or not."""
-    find, version = importlib.util.find_spec, importlib.metadata.version
+    find, version = config.find_spec, importlib.metadata.version
 
     def install(*, gpu: bool) -> None:
         monkeypatch.setattr(
-            quantization.importlib.util, "find_spec",
-            lambda name: object() if name == "bitsandbytes" else find(name),
-        )  # fmt: skip
+            config, "find_spec", lambda name: object() if name == "bitsandbytes" else find(name)
+        )
         monkeypatch.setattr(
             importlib.metadata, "version",
             lambda name: "0.50" if name == "bitsandbytes" else version(name),
@@ -39,7 +39,7 @@ def backend(monkeypatch):
 
 
 def test_without_the_package(monkeypatch):
-    monkeypatch.setattr(quantization.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="lora_quantization: 4bit needs the package bitsandbytes"):
         # There is no such model: it is not looked for.
         build_model({**CONFIG, "model_name": "/nowhere"})
@@ -50,9 +50,9 @@ def test_without_a_gpu(backend):
     with pytest.raises(ConfigError, match=r"needs a GPU\. Received: a machine without one"):
         build_model({**CONFIG, "model_name": "/nowhere"})
     backend(gpu=True)
-    with pytest.raises(ConfigError, match=r"needs a GPU\. Received: device: cpu"):
+    with pytest.raises(ConfigError, match=r"quantized weights need a GPU, but device is cpu"):
         build_model({**CONFIG, "model_name": "/nowhere", "device": "cpu"})
-    check_quantization("4bit", on_cpu=False)
+    check_quantization("4bit")
 
 
 def test_transformers_is_asked_for_it(backend, monkeypatch, tiny_bert_path):
@@ -68,10 +68,11 @@ def test_transformers_is_asked_for_it(backend, monkeypatch, tiny_bert_path):
 
     monkeypatch.setattr(weights.AutoModel, "from_pretrained", spy)
     load_encoder(str(tiny_bert_path), quantization="4bit", torch_dtype="bfloat16")
-    config = seen["config"]
-    assert (config.load_in_4bit, config.load_in_8bit) == (True, False)
-    assert (config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant) == ("nf4", True)
-    assert config.bnb_4bit_compute_dtype is torch.bfloat16
+    asked = seen["config"]
+    assert (asked.load_in_4bit, asked.load_in_8bit) == (True, False)
+    assert (asked.bnb_4bit_quant_type, asked.bnb_4bit_use_double_quant) == ("nf4", True)
+    assert asked.bnb_4bit_compute_dtype is torch.bfloat16
+    assert set(asked.llm_int8_skip_modules) == set(HEADS), "heads train as they are"
     load_encoder(str(tiny_bert_path))
     assert seen["config"] is None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -13,11 +14,22 @@ from torch import nn
 from transformers import AutoModel
 
 from tests.tiny import PAIRS, tiny_sentence_transformer, write_rows
+from tests.unit.models.families import (
+    MODALITIES,
+    family_path,
+    items,
+    load,
+    make_trainer,
+    other_size,
+    whole_mode,
+)
+from tests.unit.models.families import vectors as encode
 from tests.unit.training.test_adapters import CONFIG, shake, two_towers
 from vembed.errors import CheckpointError, ConfigError
 from vembed.modes import Item
 from vembed.training.adapter_files import load_adapters, load_loss, save_adapters
 from vembed.training.adapters import adapt
+from vembed.training.checkpoint import save_checkpoint
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.run import run_training
 
@@ -190,3 +202,61 @@ def test_an_adapter_of_peft_alone_has_no_heads(model_path, kept):
     encoder = build(model_path, adapter_path=str(kept))
     plain = build(model_path)
     assert torch.equal(encoder.projections[0].linear.weight, plain.projections[0].linear.weight)
+
+
+DORA = {"use_dora": True, "use_rslora": True}
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(family, {}) for family in MODALITIES]
+    + [(family, DORA) for family in ("siglip2", "vit", "composed", "qwen3_vl")],
+)
+def test_of_every_family_adapters_come_back_and_are_merged(family, kind, tmp_path):
+    def build_family() -> nn.Module:
+        settings = {"use_lora": True, "projection_dim": other_size(family), **kind}
+        trainer = make_trainer(family_path(family), whole_mode(family), tmp_path, **settings)
+        return trainer.model.eval()
+
+    def all_vectors(encoder) -> np.ndarray:
+        return np.concatenate([encode(encoder, items(letter)) for letter in MODALITIES[family]])
+
+    encoder = build_family()
+    base = all_vectors(encoder)
+    shake(encoder, std=0.05)
+    expected = all_vectors(encoder)
+    save_checkpoint(tmp_path / "saved", encoder, Accelerator(cpu=True))
+
+    merged = all_vectors(load(tmp_path / "saved"))
+    assert np.abs(merged - expected).max() <= 1e-5
+    assert np.abs(merged - base).max() > 1e-2
+    again = build_family()
+    assert not np.array_equal(all_vectors(again), expected)
+    load_adapters(tmp_path / "saved" / "adapter", again)
+    assert np.array_equal(all_vectors(again), expected)
+
+
+@pytest.mark.parametrize("family", ["clip", "composed"])
+def test_a_locked_tower_has_no_adapter_to_keep(family, tmp_path):
+    """LiT: the image tower stays; what is beside it comes back all the same."""
+
+    def build_locked() -> nn.Module:
+        settings = {
+            "use_lora": True,
+            "freeze_towers": ["image"],
+            "projection_dim": other_size(family),
+        }
+        return make_trainer(family_path(family), "t2i", tmp_path, **settings).model.eval()
+
+    encoder = build_locked()
+    before = encode(encoder, items("i"))
+    shake(encoder, std=0.05)
+    save_adapters(tmp_path / "adapter", encoder)
+    names = [n for f in (tmp_path / "adapter").rglob("*.safetensors") for n in load_file(f)]
+    assert not [n for n in names if "vision" in n or n.startswith("image")]
+    again = build_locked()
+    load_adapters(tmp_path / "adapter", again)
+    for letter in "ti":
+        assert np.array_equal(encode(again, items(letter)), encode(encoder, items(letter)))
+    # Its projection learned.
+    assert not np.array_equal(before, encode(encoder, items("i")))

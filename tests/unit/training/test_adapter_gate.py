@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from tests.tiny import PAIRS, tiny_sentence_transformer, write_rows
+from tests.unit.models.families import family_path, make_trainer, whole_mode
 from vembed.errors import CheckpointError
 from vembed.models import load_encoder, merging, weights
 from vembed.modes import Item
@@ -126,6 +127,14 @@ def test_an_unmerged_model_is_found_however_little_was_learned(adapted, merge, t
         save(encoder, tmp_path / "model")
 
 
+def test_an_unmerged_model_need_not_be_bit_equal_to_the_base(merge, tmp_path):
+    merge(not_at_all)
+    trainer = make_trainer(family_path("siglip"), "t2i", tmp_path, use_lora=True)
+    encoder = learn(trainer.model, size=3e-7)
+    with pytest.raises(CheckpointError, match=r"by up to .*e-06 .*it is the base model"):
+        save_checkpoint(tmp_path / "model", encoder, trainer.accelerator)
+
+
 def test_adapters_that_steps_did_not_change(adapted, tmp_path):
     with pytest.raises(
         CheckpointError, match="steps were taken, but the adapters are as they were"
@@ -235,3 +244,41 @@ def test_a_run_whose_adapters_never_move_ends_with_the_reason(run, monkeypatch):
 def test_without_adapters_nothing_is_looked_at(run, tmp_path):
     assert run(use_lora=False) == []
     assert not list(Path(tmp_path / "o").rglob("adapter*"))
+
+
+@pytest.mark.parametrize("probed", [True, False], ids=["a batch", "literal inputs"])
+@pytest.mark.parametrize("family", ["siglip2", "mae", "qwen3_vl"])
+def test_a_wrong_merge_of_other_families(family, probed, merge, tmp_path):
+    trainer = make_trainer(family_path(family), whole_mode(family), tmp_path, use_lora=True)
+    encoder = learn(trainer.model)
+    if probed:
+        trainer.prepare()
+        trainer.step(trainer.dataloader[0])
+    assert (trainer.adapter_probe() is not None) == probed
+
+    def save_it() -> None:
+        save_checkpoint(
+            tmp_path / "model", encoder, trainer.accelerator, probe=trainer.adapter_probe()
+        )
+
+    save_it()
+    merge(not_at_all)
+    with pytest.raises(CheckpointError, match="it is the base model"):
+        save_it()
+
+
+@pytest.mark.parametrize("tower", ["text", "image"])
+def test_a_wrong_merge_of_one_tower(tower, merge, tmp_path):
+    trainer = make_trainer(family_path("composed"), "t2i", tmp_path, use_lora=True)
+    encoder = learn(trainer.model)
+    wrong = getattr(encoder, tower).backbone
+    merge(lambda right, b: not_at_all(right, b) if b is wrong else right(b))
+    with pytest.raises(CheckpointError, match="merging went wrong"):
+        save_checkpoint(tmp_path / "model", encoder, trainer.accelerator)
+
+
+@pytest.mark.parametrize("family", ["siglip2", "dinov3", "composed", "qwen2_5_vl"])
+def test_half_precision_of_every_family(family, tmp_path):
+    settings = {"use_lora": True, "torch_dtype": "bfloat16"}
+    trainer = make_trainer(family_path(family), whole_mode(family), tmp_path, **settings)
+    save_checkpoint(tmp_path / "model", learn(trainer.model), trainer.accelerator)

@@ -11,13 +11,22 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 
 from tests.tiny import tiny_sentence_transformer
+from tests.unit.models.families import MODALITIES, family_path, make_trainer, other_size, whole_mode
 from tests.unit.models.test_model_types import SIZES
 from tests.unit.training.test_dropout import IDS, hidden, tiny
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError
 from vembed.models.merging import merged
-from vembed.training.adapters import adapt, adapted_layers, count_names, find_targets
+from vembed.training.adapters import (
+    adapt,
+    adapted_layers,
+    adapters_of,
+    count_names,
+    describe_layers,
+    find_targets,
+)
 from vembed.training.model_builder import apply_lora, build_model
+from vembed.training.parameters import named_parameters
 
 # Families whose layers are unlike in name or kind: fused, transposed, shared by all depths ...
 LAYERS = {
@@ -36,12 +45,12 @@ LAYERS = {
 CONFIG = TrainConfig(use_lora=True, lora_r=4)
 
 
-def shake(model: nn.Module) -> None:
+def shake(model: nn.Module, std: float = 0.1) -> None:
     """As if all that trains had been trained."""
     torch.manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=std)
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -136,17 +145,17 @@ def test_layers_that_torchs_own_attention_only_reads_get_none():
     backbone = nn.Module()
     backbone.attention = nn.MultiheadAttention(4, 2)
     backbone.mlp = nn.Linear(4, 4)
-    assert find_targets(backbone, None) == ["mlp"]
+    assert find_targets([backbone], None) == [["mlp"]]
 
 
 def test_layers_by_name():
     backbone = tiny("bert")
-    assert count_names(find_targets(backbone, ["query", "intermediate.dense"])) == (
+    assert count_names(*find_targets([backbone], ["query", "intermediate.dense"])) == (
         "dense x2, query x2"
     )
-    assert find_targets(backbone, ["encoder.layer.1.output.dense"]) == (
+    assert find_targets([backbone], ["encoder.layer.1.output.dense"]) == [
         ["encoder.layer.1.output.dense"]
-    )
+    ]
     settings = CONFIG.model_copy(update={"lora_target_modules": ["intermediate.dense"]})
     assert sorted(adapted_layers(adapt(backbone, settings))) == [
         f"base_model.model.encoder.layer.{n}.intermediate.dense" for n in (0, 1)
@@ -166,12 +175,12 @@ def test_layers_by_name():
 )
 def test_names_that_cannot_be_adapted_are_answered_with_those_that_can(names, message):
     with pytest.raises(ConfigError, match=f"lora_target_modules: {message}"):
-        find_targets(tiny("bert"), names)
+        find_targets([tiny("bert")], names)
 
 
 def test_nothing_left_to_adapt():
     with pytest.raises(ConfigError, match="use_lora: BertModel has no linear layer that is not fr"):
-        find_targets(tiny("bert").requires_grad_(False), None)
+        find_targets([tiny("bert").requires_grad_(False)], None)
 
 
 def test_projections_go_on_training_and_the_log_says_what_is_adapted(tmp_path, caplog):
@@ -188,3 +197,96 @@ def test_projections_go_on_training_and_the_log_says_what_is_adapted(tmp_path, c
     assert rest == ["projections.0.linear.weight", "projections.0.linear.bias"]
     assert not [name for name in trained if "encoder.layer.0" in name]
     assert "rsDoRA of rank 16 on dense x3, key x1, query x1, value x1;" in caplog.messages[0]
+
+
+DECODER = "down_proj x2, gate_proj x2, k_proj x2, o_proj x2, q_proj x2, up_proj x2, v_proj x2"
+ENCODER = "fc1 x2, fc2 x2, k_proj x2, out_proj x2, q_proj x2, v_proj x2"
+OF_FAMILY = {
+    "clip": f"text_model: {ENCODER}; vision_model: {ENCODER}",
+    "siglip": f"text_model: {ENCODER}; vision_model: {ENCODER}",
+    "siglip2": f"text_model: {ENCODER}; vision_model: "
+    "fc1 x2, fc2 x2, k_proj x2, out_proj x2, patch_embedding x1, q_proj x2, v_proj x2",
+    "vit": "fc1 x2, fc2 x2, k_proj x2, o_proj x2, q_proj x2, v_proj x2",
+    "dinov2": "fc1 x2, fc2 x2, k_proj x2, o_proj x2, q_proj x2, v_proj x2",
+    "dinov2_with_registers": "fc1 x2, fc2 x2, k_proj x2, o_proj x2, q_proj x2, v_proj x2",
+    "dinov3": "down_proj x2, k_proj x2, o_proj x2, q_proj x2, up_proj x2, v_proj x2",
+    "mae": "fc1 x2, fc2 x2, k_proj x2, o_proj x2, q_proj x2, v_proj x2",
+    "composed": "text: dense x6, key x2, query x2, value x2; "
+    "image: fc1 x2, fc2 x2, k_proj x2, o_proj x2, q_proj x2, v_proj x2",
+    "qwen2_vl": f"visual: fc1 x2, fc2 x2, mlp.0 x1, mlp.2 x1, proj x2, qkv x2; "
+    f"language_model: {DECODER}",
+    "qwen2_5_vl": "visual: down_proj x2, gate_proj x2, mlp.0 x1, mlp.2 x1, proj x2, qkv x2, "
+    f"up_proj x2; language_model: {DECODER}",
+    "qwen3_vl": f"visual: linear_fc1 x4, linear_fc2 x4, proj x2, qkv x2; language_model: {DECODER}",
+    # Of its vision tower, the last layer's output is not read.
+    "llava": "vision_tower: fc1 x1, fc2 x1, k_proj x1, out_proj x1, q_proj x1, v_proj x1; "
+    f"multi_modal_projector: linear_1 x1, linear_2 x1; language_model: {DECODER}",
+}
+
+HEADS_OF = {
+    "clip": ["text_projection", "visual_projection"],
+    "siglip": ["head"],
+    "siglip2": ["head"],
+    "vit": ["pooler"],
+    "composed": ["pooler"],
+}
+
+
+@pytest.mark.parametrize("family", MODALITIES)
+def test_of_every_family_the_layers_are_found_and_listed(family, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="vembed"):
+        trainer = make_trainer(
+            family_path(family),
+            whole_mode(family),
+            tmp_path,
+            use_lora=True,
+            projection_dim=other_size(family),
+        )
+    (line,) = [text for text in caplog.messages if text.startswith("adapters")]
+    assert f"LoRA of rank 16 on {OF_FAMILY[family]}; " in line
+    trained = {n for n, p in named_parameters(trainer.model) if p.requires_grad}
+    rest = {n for n in trained if ".lora_" not in n}
+    assert {n for n in rest if "projections." in n} == {
+        n for n, _ in named_parameters(trainer.model) if "projections." in n
+    }
+    heads = {n.rpartition(f".{head}.")[0] for n in rest for head in HEADS_OF.get(family, ())}
+    assert (heads - {""} != set()) == (family in HEADS_OF)
+    assert all(
+        "projections." in n or any(f".{head}." in n for head in HEADS_OF[family]) for n in rest
+    )
+
+
+def test_a_layer_of_one_tower_is_enough(tmp_path):
+    """And what trains in the other are its head and projection."""
+    settings = {"use_lora": True, "lora_target_modules": ["query"]}
+    trainer = make_trainer(family_path("composed"), "t2i", tmp_path, **settings)
+    assert describe_layers(trainer.model) == "query x2"
+    trained = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+    assert [n for n in trained if ".lora_" not in n] == [
+        "image.backbone.pooler.dense.weight", "image.backbone.pooler.dense.bias",
+        "projections.text.linear.weight", "projections.image.linear.weight",
+    ]  # fmt: skip
+    trainer.train()
+    with pytest.raises(ConfigError, match=r"'kquery' is no linear layer of BertModel or ViTModel"):
+        make_trainer(
+            family_path("composed"), "t2i", tmp_path,
+            use_lora=True, lora_target_modules=["query", "kquery"],
+        )  # fmt: skip
+
+
+def test_what_an_adapter_belongs_to(tmp_path):
+    names = {
+        "text_model_name": str(family_path("clip")),
+        "image_model_name": str(family_path("mae")),
+    }
+    for path, settings, expected in (
+        (None, names, list(names.values())),
+        (
+            family_path("composed"),
+            {},
+            [f"{family_path('composed')}/{t}" for t in ("text", "image")],
+        ),
+    ):
+        trainer = make_trainer(path, "t2i", tmp_path, use_lora=True, **settings)
+        found = adapters_of(trainer.model).values()
+        assert [m.peft_config["default"].base_model_name_or_path for m in found] == expected

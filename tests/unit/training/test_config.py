@@ -2,6 +2,7 @@
 
 import pytest
 
+from vembed import config as config_module
 from vembed.config import ALIASES, RUN_REQUIRES, DatasetSpec, TrainConfig
 from vembed.errors import ConfigError
 from vembed.training.config import (
@@ -11,6 +12,18 @@ from vembed.training.config import (
     render_config,
     save_config,
 )
+
+
+@pytest.fixture(autouse=True)
+def bitsandbytes(monkeypatch):
+    """As if it were installed: whether it is decides about lora_quantization."""
+    find = config_module.find_spec
+    monkeypatch.setattr(
+        config_module,
+        "find_spec",
+        lambda name: object() if name == "bitsandbytes" else find(name),
+    )
+
 
 # A value other than the default for every setting: as typed, and as it must arrive.
 OTHER = {

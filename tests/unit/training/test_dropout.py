@@ -1,4 +1,4 @@
-"""`dropout` reaches every dropout of every text family, and nothing else."""
+"""`dropout` reaches every dropout of every family, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from tests.unit.models.families import MODALITIES, family_path, items, load
 from tests.unit.models.test_model_types import DERIVED, OWN_SIZES, SIZES
 from vembed.errors import ConfigError
-from vembed.models.model_types import MODEL_TYPES
+from vembed.models.model_types import BIDIRECTIONAL_MODEL_TYPES, CAUSAL_MODEL_TYPES
 from vembed.training.dropout import set_dropout
 from vembed.training.model_builder import build_model
 
@@ -35,7 +36,7 @@ def hidden(model: nn.Module, seed: int) -> torch.Tensor:
         return model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", BIDIRECTIONAL_MODEL_TYPES + CAUSAL_MODEL_TYPES)
 def test_it_is_the_model_that_its_config_would_have_built(model_type):
     names = [n for n in AutoConfig.for_model(model_type).to_dict() if OWN_NAMES.match(n)]
     expected = tiny(model_type, **dict.fromkeys(names, 0.5))
@@ -80,3 +81,21 @@ def test_both_halves_of_a_model_with_two_configs():
 def test_a_model_without_dropout_is_told_apart():
     with pytest.raises(ConfigError, match="Linear has no dropout"):
         set_dropout(nn.Linear(2, 2), 0.1)
+
+
+@pytest.mark.parametrize("family", MODALITIES)
+def test_of_every_family(family):
+    encoder = load(family_path(family))
+
+    def embed(letter: str, seed: int) -> torch.Tensor:
+        inputs = encoder.processor(items(letter), role=None)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            return encoder.train()(**inputs)
+
+    for probability in (0.5, 0.0):
+        for tower in encoder.towers:
+            set_dropout(tower.backbone, probability)
+        for letter in MODALITIES[family]:
+            assert torch.equal(embed(letter, 1), embed(letter, 1))
+            assert torch.equal(embed(letter, 1), embed(letter, 2)) == (probability == 0), letter

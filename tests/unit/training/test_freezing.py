@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests.tiny import PAIRS, tiny_sentence_transformer, write_rows
+from tests.unit.models.families import MODALITIES, family_path, load, make_trainer, whole_mode
 from tests.unit.training.test_trainer import Bag, make_batches
 from vembed.errors import ConfigError
 from vembed.training.freezing import Unfreezing, freeze
 from vembed.training.model_builder import build_model
 from vembed.training.optimizer_builder import build_optimizer
-from vembed.training.parameters import named_parameters
+from vembed.training.parameters import matches, named_parameters
 from vembed.training.run import run_training
 from vembed.training.trainer import Trainer
 
@@ -180,3 +181,58 @@ def test_optimizer_state_begins_with_the_first_gradient(tmp_path):
     trainer.train()
     assert [seen.get("words.weight") for seen in trainer.seen] == [None, None, 1, 2]
     assert [seen["projection.weight"] for seen in trainer.seen] == [1, 2, 3, 4]
+
+
+# Of each family two parts: the first is never trained, the second after one step.
+PARTS = {
+    "clip": ("backbone.text_model.embeddings", "backbone.vision_model.encoder.layers.0"),
+    "siglip": ("backbone.vision_model.head", "backbone.text_model.encoder.layers.1"),
+    "siglip2": ("backbone.*.embeddings", "backbone.vision_model.head"),
+    "vit": ("backbone.embeddings", "backbone.layers.1"),
+    "dinov2": ("*.layer_scale?", "backbone.encoder.layer.0.mlp"),
+    "dinov2_with_registers": ("backbone.embeddings.register_tokens", "backbone.layernorm"),
+    "dinov3": ("backbone.model.layer.0", "backbone.embeddings.cls_tok*"),
+    "mae": ("backbone.layers", "backbone.layernorm"),
+    "composed": ("image.backbone", "text.backbone.encoder.layer.1"),
+    "qwen2_vl": ("backbone.visual.blocks", "backbone.visual.merger"),
+    "qwen2_5_vl": ("backbone.visual", "backbone.language_model.layers.0"),
+    "qwen3_vl": ("backbone.language_model", "backbone.visual.deepstack_merger_list"),
+    "llava": ("backbone.vision_tower", "backbone.multi_modal_projector"),
+}
+
+
+@pytest.mark.parametrize("family", MODALITIES)
+def test_parts_of_every_family(family, tmp_path):
+    never, later = PARTS[family]
+    settings = {"freeze": [never], "unfreeze_at_step": {later: 1}, "lr": 0.1}
+    before = dict(load(family_path(family)).named_parameters())
+    trainer = make_trainer(
+        family_path(family), whole_mode(family), tmp_path, save_steps=1,
+        scheduler_type="constant", save_total_limit=None, **settings,
+    )  # fmt: skip
+    trainable = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+
+    def moved(folder: Path) -> set[str]:
+        after = dict(load(folder).named_parameters())
+        return {name for name, p in before.items() if not torch.equal(p, after[name])}
+
+    parts = {p: {n for n in before if matches(n, p)} for p in (never, later)}
+    assert all(parts.values())
+    first, last = moved(tmp_path / "checkpoints" / "step-000001"), moved(tmp_path / "final")
+    assert first
+    assert not first & (parts[never] | parts[later])
+    assert not last & parts[never]
+    joined = parts[later] - parts[never]
+    # Keys' biases have no effect on attention, so their gradient may be too small to see.
+    unseen = {n for n in joined if n.endswith("k_proj.bias") or "key.bias" in n}
+    assert joined - unseen <= last
+    assert last <= trainable | joined
+
+
+@pytest.mark.parametrize("family", ["clip", "composed"])
+def test_near_names_of_every_family(family):
+    start = "text.backbone" if family == "composed" else "backbone"
+    with pytest.raises(ConfigError, match=rf"freeze: .* matches no .*did you mean '{start}"):
+        build_model({"model_name": str(family_path(family)), "freeze": [f"{start}.embedings.*"],
+                     "retrieval_mode": whole_mode(family)})  # fmt: skip

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unit.models.families import family_path, load
 from tests.unit.training.test_dropout import tiny
 from vembed.errors import ConfigError
 from vembed.training.optimizer_builder import (
@@ -49,6 +50,19 @@ def test_decay_of_real_models_is_for_matrices_and_tables(model_type):
     assert decayed
     assert not [n for n in decayed if n.endswith(".bias") or "norm" in n.lower()]
     assert all(n.endswith(".bias") or "norm" in n.lower() for n in spared)
+
+
+@pytest.mark.parametrize("family", ["siglip", "vit", "dinov3", "composed", "qwen3_vl"])
+def test_decay_spares_the_tokens_of_image_models(family):
+    model = load(family_path(family))
+    optimizer = build_optimizer(model, {"weight_decay": 0.5})
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            last = name.rpartition(".")[2]
+            is_spared = parameter.ndim <= 1 or last in ("cls_token", "probe")
+            assert decay[id(parameter)] == (0.0 if is_spared else 0.5), name
+    assert len({decay[id(p)] for p in model.parameters() if p.requires_grad}) == 2
 
 
 class Layered(nn.Module):

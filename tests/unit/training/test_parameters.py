@@ -6,6 +6,7 @@ import pytest
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel
 
+from tests.unit.models.families import family_path
 from tests.unit.models.test_model_types import SIZES
 from tests.unit.training.test_dropout import tiny
 from vembed.config import TrainConfig
@@ -136,3 +137,41 @@ def test_a_model_without_layers_to_count():
         depths(AutoModel.from_config(config))
     with pytest.raises(ConfigError, match="no backbone"):
         layers_above(nn.Linear(2, 2))
+
+
+LAYERS_OF = {
+    "clip": ["backbone.text_model.encoder.layers.0 1", "backbone.vision_model.pre_layrnorm 2"],
+    "siglip": ["backbone.vision_model.embeddings 2", "backbone.vision_model.head 0"],
+    "siglip2": ["backbone.vision_model.embeddings 2", "backbone.text_model.head 0"],
+    "vit": ["backbone.embeddings 2", "backbone.layers.0 1", "backbone.pooler 0"],
+    "dinov2": ["backbone.embeddings 2", "backbone.encoder.layer.0 1", "backbone.layernorm 0"],
+    "dinov2_with_registers": ["backbone.embeddings.register_tokens 2"],
+    "dinov3": ["backbone.embeddings 2", "backbone.model.layer.0 1", "backbone.norm 0"],
+    "mae": ["backbone.embeddings 2", "backbone.layers.1 0"],
+    "composed": ["text.backbone.embeddings 2", "image.backbone.layers.0 1"],
+    "qwen2_vl": ["backbone.visual.patch_embed 2", "backbone.language_model.embed_tokens 2"],
+    "qwen2_5_vl": ["backbone.visual.blocks.0 1", "backbone.visual.merger 0"],
+    "qwen3_vl": ["backbone.visual.pos_embed 2", "backbone.language_model.layers.0 1",
+                 "backbone.visual.merger 0"],
+    "llava": ["backbone.vision_tower.embeddings 2", "backbone.language_model.layers.0 1",
+              "backbone.multi_modal_projector 0"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", LAYERS_OF)
+def test_layers_above_in_every_family(family):
+    encoder = load_encoder(str(family_path(family)))
+    found = layers_above(encoder)
+    above = {name: found.get(id(p)) for name, p in encoder.named_parameters()}
+    for line in LAYERS_OF[family]:
+        start, depth = line.split()
+        assert {n for name, n in above.items() if name.startswith(start)} == {int(depth)}, line
+    assert {n for name, n in above.items() if name.startswith("projections")} <= {None}
+
+
+def test_a_shorter_list_beside_the_layers_has_none():
+    """Such as Qwen3-VL's ways from some of its vision layers into the text."""
+    backbone = nn.Module()
+    backbone.blocks = nn.ModuleList([nn.Linear(2, 2) for _ in range(3)])
+    backbone.ways = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)])
+    assert list(depths(backbone).values()) == [2, 2, 1, 1, 0, 0] + [0] * 4
