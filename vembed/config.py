@@ -377,7 +377,9 @@ class TrainConfig(BaseModel):
         default_factory=dict, description="Further arguments of the optimizer"
     )
     weight_decay: Float = Field(
-        0.01, ge=0, description="Decay of weights; biases, norms and the temperature are spared"
+        0.01,
+        ge=0,
+        description="Decay of weights; biases, norms, class tokens and the temperature are spared",
     )
     lr_groups: dict[str, LrChoice] = Field(
         default_factory=dict,
