@@ -290,3 +290,18 @@ def test_what_an_adapter_belongs_to(tmp_path):
         trainer = make_trainer(path, "t2i", tmp_path, use_lora=True, **settings)
         found = adapters_of(trainer.model).values()
         assert [m.peft_config["default"].base_model_name_or_path for m in found] == expected
+
+
+@pytest.mark.parametrize("settings", [{"freeze_towers": ["image"]}, {"retrieval_mode": "t2t"}])
+def test_quantized_layers_of_a_frozen_tower_do_not_train(settings):
+    config = TrainConfig(model_name=str(family_path("clip")), retrieval_mode="t2i", use_lora=True)
+    config = config.model_copy(update=settings)
+    encoder = build_model(config)
+    for module in encoder.backbone.vision_model.modules():
+        if isinstance(module, nn.Linear):  # as bitsandbytes holds 8 bits
+            module.weight = nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    config = config.model_copy(update={"lora_quantization": "8bit"})
+    apply_lora(encoder, config, Accelerator(cpu=True))
+    trained = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    assert any("text_model" in name for name in trained)
+    assert not [name for name in trained if "vision" in name or "visual" in name]
