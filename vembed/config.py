@@ -6,9 +6,11 @@ transformers, so that a mistake is answered before the seconds that those import
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
@@ -94,6 +96,28 @@ def _whole_or_auto(least: int) -> Callable[[Any], Any]:
     return read
 
 
+def _one_or_more(value: Any) -> Any:
+    """A single name as a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _read_lr_choice(value: Any) -> Any:
+    """A factor of `lr`, or `{lr: value}` for a learning rate that does not depend on it."""
+    rule = "expected a factor of lr above 0, as in 0.1, or a learning rate, as in {lr: 1e-4}"
+    if isinstance(value, Mapping) and set(value) != {"lr"}:
+        raise ValueError(rule)
+    number = value["lr"] if isinstance(value, Mapping) else value
+    try:
+        number = float(_no_bool(number))
+    except (TypeError, ValueError):
+        raise ValueError(rule) from None
+    if not 0 < number < math.inf:
+        raise ValueError(rule)
+    return {"lr": number} if isinstance(value, Mapping) else number
+
+
+Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
+LrChoice = Annotated[float | dict[str, float], BeforeValidator(_read_lr_choice)]
 PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_or_auto(1))]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
 ImageHost = Annotated[str, AfterValidator(_host)]
@@ -213,6 +237,12 @@ class TrainConfig(BaseModel):
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
         None, description="Attention kernel; null lets transformers choose"
     )
+    dropout: Float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Probability of every dropout in the model; null takes the checkpoint's own",
+    )
     use_lora: bool = Field(
         False, description="Train low-rank adapters instead of the backbone's weights"
     )
@@ -223,6 +253,18 @@ class TrainConfig(BaseModel):
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout on the LoRA input")
     lora_target_modules: list[str] | None = Field(
         None, description="Names of the layers to adapt; null: all linear layers"
+    )
+    use_dora: bool = Field(
+        False, description="DoRA: adapters that learn a weight's length apart from its direction"
+    )
+    use_rslora: bool = Field(
+        False, description="rsLoRA: divide lora_alpha by the root of lora_r instead of lora_r"
+    )
+    lora_quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="QLoRA: hold the frozen weights in 4 or 8 bits; needs a GPU, bitsandbytes"
+    )
+    adapter_path: str | None = Field(
+        None, description="Adapter to go on training: the adapter/ folder of a saved LoRA model"
     )
 
     # --- data
@@ -348,7 +390,26 @@ class TrainConfig(BaseModel):
         default_factory=dict, description="Further arguments of the optimizer"
     )
     weight_decay: Float = Field(
-        0.01, ge=0, description="Decay of weights; biases, norms and the temperature are spared"
+        0.01,
+        ge=0,
+        description="Decay of weights; biases, norms, class tokens and the temperature are spared",
+    )
+    lr_groups: dict[str, LrChoice] = Field(
+        default_factory=dict,
+        description="Parameters with another lr, as in {projections.*: 10, loss.*: {lr: 1e-3}}: "
+        "a factor or a value; the last pattern that matches wins",
+    )
+    layerwise_lr_decay: Float | None = Field(
+        None, gt=0, le=1, description="Factor on lr for each layer further from the top"
+    )
+    freeze: Patterns = Field(
+        default_factory=list,
+        description="Parameters that are not trained, by name, as in [backbone.embeddings.*]",
+    )
+    unfreeze_at_step: dict[str, Annotated[Int, Field(ge=1)]] = Field(
+        default_factory=dict,
+        description="Parameters frozen at first, with the optimizer steps until they train, as in "
+        "{backbone.*: 100}; the last pattern that matches wins",
     )
     scheduler_type: str = Field(
         "linear", description="Learning-rate schedule: any name transformers knows"
@@ -432,6 +493,9 @@ class TrainConfig(BaseModel):
         description="Optimizer steps between checkpoints; 0: only the final and the best model",
     )
     save_total_limit: Int | None = Field(2, ge=1, description="Checkpoints kept; null: all")
+    save_adapter: bool = Field(
+        True, description="With LoRA, keep the adapter by itself, too: adapter/ beside the model"
+    )
     metric_for_best: str | None = Field(
         None, description="Validation metric that picks the best model; null: the task's main one"
     )
@@ -574,6 +638,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *missing,
         *_model_conflicts(config),
         *_composed_conflicts(config),
+        *_lora_conflicts(config),
         *_data_conflicts(config),
         *_validation_conflicts(config),
         *_optimisation_conflicts(config),
@@ -595,6 +660,30 @@ def _model_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("attn_implementation", "torch_dtype", "mixed_precision"),
             "flash_attention_2 computes in 16 bits only. "
             "Set mixed_precision: bf16, or torch_dtype: bfloat16",
+        )
+
+
+def _lora_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    for key in ("use_dora", "use_rslora", "lora_quantization", "adapter_path"):
+        if config[key] and not config.use_lora:
+            yield Problem((key, "use_lora"), "has no use without adapters. Set use_lora: true")
+    if config.lora_quantization is None:
+        return
+    if find_spec("bitsandbytes") is None:
+        yield Problem(
+            ("lora_quantization",),
+            f"{config.lora_quantization} needs the package bitsandbytes, which is not installed. "
+            "Install it (pip install bitsandbytes), or set lora_quantization: null",
+        )
+    if config.device == "cpu":
+        yield Problem(
+            ("lora_quantization", "device"),
+            "quantized weights need a GPU, but device is cpu. Set lora_quantization: null",
+        )
+    if config.distributed_strategy == "fsdp2":
+        yield Problem(
+            ("lora_quantization", "distributed_strategy"),
+            "quantized weights cannot be shared out. Set distributed_strategy: ddp",
         )
 
 
@@ -686,6 +775,13 @@ def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
             f"the learning rate would never be reached: {warmup} steps of warm-up, "
             f"but max_steps is {steps}",
         )
+    for pattern, step in config.unfreeze_at_step.items():
+        if steps is not None and step >= steps:
+            yield Problem(
+                ("unfreeze_at_step", "max_steps"),
+                f"{pattern} would never be trained: it is frozen for {step} steps, "
+                f"but max_steps is {steps}",
+            )
     for key, setting in _LOSS_SETTINGS.items():
         if key in config.loss_kwargs:
             yield Problem(("loss_kwargs",), f"{key} is a setting of its own. Set {setting}")
@@ -711,12 +807,14 @@ def _static_graph_conflicts(config: TrainConfig) -> Iterator[Problem]:
     for key, clashes in (
         ("use_gradient_cache", config.use_gradient_cache),
         ("gradient_accumulation_steps", steps > 1),
+        ("unfreeze_at_step", bool(config.unfreeze_at_step)),
     ):
         if clashes:
             yield Problem(
                 ("ddp_static_graph", key),
                 f"does not work with {key}: {str(config[key]).lower()}, because DDP with a static "
-                "graph must reduce gradients in every backward pass. Turn one of them off",
+                "graph must reduce the same gradients in every backward pass. "
+                "Turn one of them off",
             )
 
 

@@ -19,6 +19,8 @@ except SystemExit as exit:
 print("imported:", [name for name in {HEAVY} if name in sys.modules])
 sys.exit(status)
 """
+QUANTIZED = ["--model_name", "m", "--data_path", "d", "--use_lora", "true", "--lora_quantization",
+             "4bit", "--device", "cpu"]  # fmt: skip
 BAD_YAML = "model_name: m\nlr: fast\nbatchsize: 3\ndata_path: d\n"
 
 
@@ -32,6 +34,7 @@ BAD_YAML = "model_name: m\nlr: fast\nbatchsize: 3\ndata_path: d\n"
         (["train", "--config", "bad.yaml"], 2),
         (["train"], 2),
         (["check", "--config", "bad.yaml"], 2),
+        (["train", *QUANTIZED], 2),
         (["evaluate", "--help"], 0),
         (["evaluate"], 2),
         (["encode", "--help"], 0),
@@ -61,7 +64,7 @@ def test_a_wrong_config_as_the_user_sees_it(vembed, tmp_path):
     assert done.stdout == ""
     assert done.stderr == (
         "vembed: 4 problems in the configuration:\n"
-        "  --use_lorra: unknown setting (did you mean 'use_lora'?)\n"
+        "  --use_lorra: unknown setting (did you mean 'use_lora' or 'use_rslora'?)\n"
         "  bad.yaml:2: lr: expected a number. Received: 'fast'\n"
         "  bad.yaml:3: batchsize: unknown setting (did you mean 'batch_size'?)\n"
         "  --epochs: must be above 0. Received: '0'\n"

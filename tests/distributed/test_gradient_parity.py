@@ -102,6 +102,24 @@ def test_other_ways_to_reduce_gradients(verify, settings, variations):
     assert not failures(verify(*variations, learn_temperature=True, **settings))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_lora": True, "use_dora": True, "use_rslora": True, "dropout": 0.2},
+        {
+            "freeze": ["backbone.embeddings.*"],
+            "unfreeze_at_step": {"backbone.encoder.layer.0.*": 5, "loss.*": 5},
+            "learn_temperature": True,
+        },
+    ],
+    ids=["dora", "partial"],
+)
+def test_adapters_of_other_kinds_and_frozen_parts(verify, settings):
+    verification = verify(AS_CONFIGURED, UNEVEN, **settings)
+    assert not failures(verification)
+    assert all(set(result.groups) == {"backbone"} for result in verification.results)
+
+
 # --- traps
 
 

@@ -10,7 +10,9 @@ import pytest
 import yaml
 
 from tests.docs.readme import README, REPOSITORY, blocks, commands
+from tests.pictures import mode_rows, write_pictures
 from tests.tiny import PAIRS, write_rows
+from tests.unit.models.families import family_path
 from vembed.cli import main
 from vembed.config import RUN_REQUIRES, TrainConfig
 from vembed.training.config import load_and_parse_config
@@ -61,6 +63,21 @@ def test_python_blocks_run(folder, tiny_st_path):
     assert len(python) == 2
     assert names["vectors"].shape[0] == 2
     assert names["scores"].shape == (1, 2)
+
+
+def test_yaml_blocks_run(folder, tiny_st_path, capfd):
+    write_pictures(folder)
+    write_rows(folder / "images.jsonl", mode_rows("t2i"))
+    texts = ["--model_name", str(tiny_st_path), "--data_path", "pairs.jsonl"]
+    images = ["--text_model_name", str(tiny_st_path), "--data_path", "images.jsonl",
+              "--image_model_name", str(family_path("dinov2"))]  # fmt: skip
+    yamls = blocks("yaml")
+    for number, text in enumerate(yamls):
+        (folder / "part.yaml").write_text(text)
+        own = images if "image_model_name" in text else texts
+        last = ["--epochs", "1", "--device", "cpu", "--output_dir", f"runs/{number}"]
+        assert main(["train", "--config", "part.yaml", *own, *last]) == 0
+    assert len(yamls) == 3
 
 
 @pytest.mark.parametrize("words", commands("vembed"), ids=" ".join)

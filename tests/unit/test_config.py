@@ -8,10 +8,22 @@ from pathlib import Path
 import pytest
 import yaml
 
+from vembed import config as config_module
 from vembed.config import ALIASES, SECTIONS, SettingsError, TrainConfig, check
 from vembed.errors import ConfigError
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "train.yaml"
+
+
+@pytest.fixture(autouse=True)
+def bitsandbytes(monkeypatch):
+    """As if it were installed: whether it is decides about lora_quantization."""
+    find = config_module.find_spec
+    monkeypatch.setattr(
+        config_module,
+        "find_spec",
+        lambda name: object() if name == "bitsandbytes" else find(name),
+    )
 
 
 def problems_of(**settings) -> list[str]:
@@ -105,6 +117,32 @@ def test_text_of_a_number_is_a_number():
 )
 def test_report_to_takes_text_or_a_list(value, trackers):
     assert TrainConfig(report_to=value).report_to == trackers
+
+
+def test_one_pattern_needs_no_list():
+    assert TrainConfig(freeze="*.LayerNorm.*").freeze == ["*.LayerNorm.*"]
+
+
+@pytest.mark.parametrize(
+    ("value", "choice"),
+    [(10, 10.0), ("0.5", 0.5), ({"lr": 1e-3}, {"lr": 1e-3}), ({"lr": "1e-3"}, {"lr": 1e-3})],
+)
+def test_lr_groups_take_a_factor_or_a_learning_rate(value, choice):
+    assert TrainConfig(lr_groups={"a.*": value}).lr_groups == {"a.*": choice}
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, True, "fast", None, {"lr": 0}, {"rate": 1}, {}, [1], "inf"]
+)
+def test_other_values_of_lr_groups_are_refused(value):
+    (problem,) = problems_of(lr_groups={"a.*": value})
+    assert problem.startswith("lr_groups.a.*: expected a factor of lr above 0, as in 0.1, or a lea")
+
+
+def test_unfreezing_after_no_step_is_no_unfreezing():
+    assert problems_of(unfreeze_at_step={"a.*": 0}) == [
+        "unfreeze_at_step.a.*: must be at least 1. Received: 0"
+    ]
 
 
 class TestAliases:
@@ -204,6 +242,26 @@ CONFLICTS = [
         "ddp_static_graph: does not work with gradient_accumulation_steps: 2",
     ),
     (
+        {"ddp_static_graph": True, "unfreeze_at_step": {"a": 1}},
+        "ddp_static_graph: does not work with unfreeze_at_step: {'a': 1}",
+    ),
+    ({"use_dora": True}, "use_dora: has no use without adapters. Set use_lora: true"),
+    ({"use_rslora": True}, "use_rslora: has no use without adapters"),
+    ({"adapter_path": "a"}, "adapter_path: has no use without adapters"),
+    ({"lora_quantization": "8bit"}, "lora_quantization: has no use without adapters"),
+    (
+        {"lora_quantization": "4bit", "use_lora": True, "device": "cpu"},
+        "lora_quantization: quantized weights need a GPU",
+    ),
+    (
+        {"lora_quantization": "4bit", "use_lora": True, "distributed_strategy": "fsdp2"},
+        "lora_quantization: quantized weights cannot be shared out",
+    ),
+    (
+        {"max_steps": 5, "unfreeze_at_step": {"a": 4, "b": 5}},
+        "unfreeze_at_step: b would never be trained: it is frozen for 5 steps, but max_steps is 5",
+    ),
+    (
         {"ddp_static_graph": True, "distributed_strategy": "fsdp2"},
         "ddp_static_graph: is a setting of DDP",
     ),
@@ -228,7 +286,9 @@ SOUND = [
     {"max_steps": 5, "warmup_steps": 5},
     {"mixed_precision": "fp16"},
     {"mixed_precision": "bf16", "device": "cpu"},
-    {"ddp_static_graph": True},
+    {"ddp_static_graph": True, "freeze": ["a"]},
+    {"use_lora": True, "use_dora": True, "use_rslora": True, "lora_quantization": "4bit"},
+    {"max_steps": 5, "unfreeze_at_step": {"a": 4}},
     {"num_processes": 2, "distributed_strategy": "fsdp2", "mixed_precision": "bf16"},
 ]
 REQUIRED = {"model_name": "m", "data_path": "d"}
@@ -238,6 +298,12 @@ REQUIRED = {"model_name": "m", "data_path": "d"}
 def test_settings_that_cannot_work_together(settings, start):
     (problem,) = check({**REQUIRED, **settings})
     assert problem.startswith(start)
+
+
+def test_quantization_without_its_package(monkeypatch):
+    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
+    (problem,) = check({**REQUIRED, "use_lora": True, "lora_quantization": "8bit"})
+    assert problem.startswith("lora_quantization: 8bit needs the package bitsandbytes")
 
 
 @pytest.mark.parametrize("settings", SOUND)

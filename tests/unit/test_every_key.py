@@ -52,11 +52,15 @@ CHANGES = {
     "document_prompt": ("old ", {}),
     "torch_dtype": ("bfloat16", {}),
     "attn_implementation": ("eager", {}),
+    "dropout": (0.5, {}),
     "use_lora": (True, {}),
     "lora_r": (2, {"use_lora": True}),
     "lora_alpha": (64, {"use_lora": True}),
     "lora_dropout": (0.5, {"use_lora": True}),
     "lora_target_modules": (["query"], {"use_lora": True}),
+    "use_dora": (True, {"use_lora": True}),
+    "use_rslora": (True, {"use_lora": True}),
+    "lora_quantization": ("4bit", {"use_lora": True, "device": "auto"}),
     "data_path": ("<swapped pairs>", {}),
     "val_data_path": ("<pairs>", {}),
     "test_data_path": ("<beir>", {}),
@@ -91,6 +95,10 @@ CHANGES = {
     "optimizer_eps": (0.1, {}),
     "optimizer_kwargs": ({"maximize": True}, {}),
     "weight_decay": (0.9, {}),
+    "lr_groups": ({"backbone.embeddings.*": 0.1}, {}),
+    "layerwise_lr_decay": (0.5, {}),
+    "freeze": (["backbone.embeddings.*"], {}),
+    "unfreeze_at_step": ({"backbone.embeddings.*": 1}, {}),
     "scheduler_type": ("constant", {}),
     "scheduler_kwargs": ({"num_cycles": 3}, {"scheduler_type": "cosine"}),
     "warmup_ratio": (1.0, {}),
@@ -105,6 +113,7 @@ CHANGES = {
     "eval_steps": (1, {"val_data_path": "<pairs>"}),
     "save_steps": (1, {}),
     "save_total_limit": (1, {"save_steps": 1}),
+    "save_adapter": (False, {"use_lora": True}),
     "metric_for_best": ("nonsense", {"val_data_path": "<pairs>"}),
     "report_to": (["tensorboard"], {}),
 }
@@ -301,6 +310,16 @@ class TestWhatOnlyChangesHowARunComputes:
             assert set(shapes) == {shape}
         refused = observed(loss_tile_size=3, loss_type="cosent")["error"]
         assert "'cosent' has no tile_size" in refused
+
+    def test_adapter_path(self, observed, tmp_path):
+        first = observed(use_lora=True)
+        kept = tmp_path / "0" / "run" / "final" / "adapter"
+        second = observed(use_lora=True, adapter_path=str(kept))
+        assert first["error"] is second["error"] is None
+        saved = "run/final/model.safetensors"
+        assert first[saved] != second[saved]
+        # Steps from the same start lead to the first model again, not to the second.
+        assert observed(use_lora=True)[saved] == first[saved]
 
     def test_gradient_checkpointing(self, resolve):
         settings = resolve({"model_name": "<model>"})

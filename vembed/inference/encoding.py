@@ -13,7 +13,7 @@ from itertools import groupby
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vembed.chunking import (
     DEFAULT_CHUNK_TOKENS,
@@ -69,7 +69,7 @@ def encode_items(
     distinct = sorted(copies, key=lambda item: (_kind(item), -len(item.text or "")))
     vectors = np.empty((len(distinct), encoder.embedding_dim), dtype=np.float32)
     autocast = torch.autocast(where.type, autocast_dtype, enabled=autocast_dtype is not None)
-    with _eval_mode(encoder), torch.no_grad(), autocast:
+    with eval_mode(encoder), torch.no_grad(), autocast:
         done = 0
         for window in _windows(distinct):
             prompts = None if prompt is None else [prompt] * len(window)
@@ -111,7 +111,7 @@ def _windows(items: Sequence[Item]) -> Iterator[list[Item]]:
 
 
 @contextmanager
-def _eval_mode(encoder: Encoder) -> Iterator[None]:
+def eval_mode(encoder: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards each module has its own mode again, frozen parts included."""
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()

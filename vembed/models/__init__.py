@@ -46,6 +46,7 @@ def load_encoder(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantization: str | None = None,
 ) -> Encoder:
     """Load a pretrained encoder with its processor, in eval mode, on the CPU.
 
@@ -67,6 +68,8 @@ def load_encoder(
         attn_implementation: Attention kernel by transformers' name; None lets transformers choose.
         trust_remote_code: Run Python code that lies beside the model's weights.
         revision: Commit, tag or branch of a hub model.
+        quantization: `4bit` or `8bit` weights, on the current GPU, which can only be trained
+            through adapters; None for none.
 
     Raises:
         ConfigError: if the name cannot be resolved, the model type has no encoder, or an option
@@ -87,6 +90,7 @@ def load_encoder(
         "torch_dtype": torch_dtype,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
     }
     named = f"{encoder_mode!r}" if kind == encoder_mode else f"auto, which is {kind!r} here"
     encoder: Encoder = load(path, **_fitting(load, options, f"encoder_mode {named}"))
@@ -106,6 +110,7 @@ def compose_encoder(
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> Encoder:
     """Put a text and an image encoder together, each with a new projection that has to be trained.
 
@@ -122,6 +127,7 @@ def compose_encoder(
         torch_dtype: See `max_seq_length`.
         attn_implementation: See `max_seq_length`.
         trust_remote_code: See `max_seq_length`.
+        quantization: See `max_seq_length`.
 
     Raises:
         ConfigError: as `load_encoder` does, or if a model does not embed what it is for.
@@ -137,12 +143,14 @@ def compose_encoder(
         torch_dtype=torch_dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        quantization=quantization,
     )
     image = load_encoder(
         image_model_name,
         torch_dtype=torch_dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        quantization=quantization,
     )
     return compose(
         text,

@@ -184,6 +184,7 @@ def load_composed_encoder(
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> ComposedEncoder:
     """Load what `save_pretrained` wrote: both towers as they were trained, and their projections.
 
@@ -198,6 +199,7 @@ def load_composed_encoder(
         "torch_dtype": torch_dtype,
         "attn_implementation": attn_implementation,
         "trust_remote_code": trust_remote_code,
+        "quantization": quantization,
     }
     text = load_encoder(
         str(root / "text"),

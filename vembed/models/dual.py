@@ -263,6 +263,7 @@ def load_dual_encoder(
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> DualEncoder:
     """Load an encoder with two towers from a local folder; arguments as in `load_encoder`.
 
@@ -280,6 +281,7 @@ def load_dual_encoder(
         torch_dtype=torch_dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        quantization=quantization,
     )
     tokenizer = load_tokenizer(
         folder, do_lower_case=stored.do_lower_case, trust_remote_code=trust_remote_code

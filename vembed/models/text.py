@@ -35,6 +35,7 @@ def load_text_encoder(
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> PooledEncoder:
     """Load a text encoder from a local folder; the arguments are those of `load_encoder`.
 
@@ -48,6 +49,7 @@ def load_text_encoder(
         torch_dtype=torch_dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        quantization=quantization,
     )
     tokenizer = load_tokenizer(
         stored.backbone_folder,

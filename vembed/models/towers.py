@@ -13,6 +13,12 @@ from vembed.registry import did_you_mean
 TOWERS = ("text", "image")
 """The halves of a model for texts and images."""
 
+HEADS = ("pooler", "head", "text_projection", "visual_projection")
+"""Parts of a backbone that turn hidden states into the embedding: small, often new.
+
+With adapters they train as they are, so they are never quantized.
+"""
+
 
 def check_towers(names: Collection[str]) -> None:
     """Raise ConfigError unless all are names of `TOWERS`."""

@@ -35,6 +35,7 @@ def load_vision_encoder(
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> PooledEncoder:
     """Load an image encoder from a local folder; the arguments are those of `load_encoder`.
 
@@ -53,6 +54,7 @@ def load_vision_encoder(
         torch_dtype=torch_dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        quantization=quantization,
     )
     pooling = _choose_pooling(pooling_method, stored.pooling_method, backbone)
     chosen_normalize = choose(normalize, stored.normalize, True)

@@ -47,6 +47,7 @@ def load_vlm_encoder(
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> PooledEncoder:
     """Load a vision-language model from a local folder; the arguments are those of `load_encoder`.
 
@@ -64,6 +65,7 @@ def load_vlm_encoder(
         torch_dtype=torch_dtype,
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
+        quantization=quantization,
     )
     _freeze_behind_image_features(backbone)
     inputs = _load_inputs(stored, backbone, trust_remote_code)

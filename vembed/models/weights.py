@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel
 
 from vembed.errors import CheckpointError, ConfigError
+from vembed.models.merging import merged
+from vembed.models.quantization import quantization_options
 
 
 def load_backbone(
-    folder: Path, *, torch_dtype: str, attn_implementation: str | None, trust_remote_code: bool
+    folder: Path,
+    *,
+    torch_dtype: str,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    quantization: str | None = None,
 ) -> Any:
     """The model in `folder`, without task head; a pooler that the checkpoint lacks is taken off.
+
+    The arguments are those of `load_encoder`.
 
     Raises:
         CheckpointError: if weights are missing, of another shape, or cannot be read.
         ConfigError: if transformers cannot load such a model here.
     """
-    options = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    options: dict[str, Any] = {}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if quantization is not None:
+        options |= quantization_options(quantization, torch_dtype)
     try:
         backbone, info = AutoModel.from_pretrained(
             folder,
@@ -73,24 +84,6 @@ def save_backbone(backbone: Any, folder: Path, taken_off: dict[str, Tensor]) -> 
         taken_off: What `take_off_pooler` returned: a folder without these weights would load
             elsewhere with random ones.
     """
-    model = _merged(backbone)
+    model = merged(backbone)
     extra = {name: tensor.to(model.dtype) for name, tensor in taken_off.items()}
     model.save_pretrained(folder, state_dict={**model.state_dict(), **extra})
-
-
-def _merged(backbone: Any) -> Any:
-    """The backbone with adapters merged in: itself when it has none, else a copy on the CPU."""
-    from peft import PeftModel
-
-    if not isinstance(backbone, PeftModel):
-        return backbone
-    # Unmerging rounds, so it would not give the live weights back exactly; and a second copy may
-    # not fit on the device. Tensors that the copy finds in the memo are taken from there.
-    memo: dict[int, Any] = {id(b): _on_cpu(b) for b in backbone.buffers()}
-    for parameter in backbone.parameters():
-        memo[id(parameter)] = nn.Parameter(_on_cpu(parameter), parameter.requires_grad)
-    return copy.deepcopy(backbone, memo).merge_and_unload(safe_merge=True)
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu").copy_(tensor.detach())

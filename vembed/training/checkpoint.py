@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from vembed.config import TrainConfig
+from vembed.distributed import any_process
+from vembed.errors import CheckpointError
+from vembed.training.adapter_files import ADAPTER_FOLDER, save_adapters
+from vembed.training.adapter_gate import Probe, check_saved
+from vembed.training.adapters import adapters_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,11 +32,15 @@ def save_checkpoint(
     accelerator: Accelerator,
     processor: Any = None,
     config: TrainConfig | Mapping[str, Any] | None = None,
+    *,
+    criterion: Any = None,
+    probe: Probe | None = None,
 ) -> None:
     """Save the model, its tokenizer and the settings of the run in one folder.
 
-    The folder is written under a temporary name and then renamed, so `path` is always whole.
-    Collective: every process must call it; the main process writes.
+    Adapters are merged into what is saved, which is then compared with the model, and also kept by
+    themselves. The folder is written under a temporary name and then renamed, so `path` is always
+    whole. Collective: every process must call it; the main process writes.
 
     Args:
         path: Folder to write; an earlier one is replaced.
@@ -40,30 +50,57 @@ def save_checkpoint(
         processor: Tokenizer or image processor to save beside the model, when it is not the
             encoder's own, which is always saved.
         config: Settings of the run, kept in `vembed_config.json` for the reader.
+        criterion: The loss, whose own parameters are kept with adapters.
+        probe: What to compare on; None for a list of texts.
+
+    Raises:
+        CheckpointError: if the merged model is not the one with adapters. Whatever is raised, is
+            raised on every process.
     """
     accelerator.wait_for_everyone()
+    failure: Exception | None = None
     if accelerator.is_main_process:
-        _write(Path(path), accelerator.unwrap_model(model), processor, config)
-    accelerator.wait_for_everyone()
+        try:
+            with _replacing(Path(path)) as folder:
+                encoder = accelerator.unwrap_model(model)
+                _fill(folder, encoder, processor, config)
+                settings = TrainConfig.coerce(config or {})
+                check_saved(encoder, folder, probe, settings, name=str(path))
+                if settings.save_adapter and adapters_of(encoder):
+                    save_adapters(folder / ADAPTER_FOLDER, encoder, criterion)
+        except Exception as error:
+            failure = error
+    if any_process(failure is not None, accelerator.device):
+        raise failure or CheckpointError(f"{path}: the main process could not save the model")
 
 
-def _write(
-    path: Path, encoder: Any, processor: Any, config: TrainConfig | Mapping[str, Any] | None
-) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of `path` if nothing goes wrong."""
     fresh, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
-    encoder.save_pretrained(fresh)
-    if processor is not None:
-        processor.save_pretrained(fresh)
-    if config is not None:
-        settings = TrainConfig.coerce(config).model_dump(mode="json")
-        (fresh / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    try:
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
     if path.exists():
         path.rename(old)
     fresh.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _fill(
+    folder: Path, encoder: Any, processor: Any, config: TrainConfig | Mapping[str, Any] | None
+) -> None:
+    encoder.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    if config is not None:
+        settings = TrainConfig.coerce(config).model_dump(mode="json")
+        (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def remove_old_checkpoints(folder: Path, keep: int | None) -> None:

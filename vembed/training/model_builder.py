@@ -1,19 +1,27 @@
-"""Student and teacher from the configuration: loading, LoRA, checkpointing of activations, DDP."""
+"""Student and teacher from the configuration: loading, freezing, adapters, recomputation, DDP."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vembed.config import TrainConfig
+from vembed.config import SettingsError, TrainConfig, find_conflicts
 from vembed.errors import ConfigError
 from vembed.models import compose_encoder, load_encoder
+from vembed.models.composed import ComposedEncoder
+from vembed.models.quantization import check_quantization
+from vembed.models.towers import TOWERS
 from vembed.modes import RetrievalMode
+from vembed.training.adapter_files import load_adapters
+from vembed.training.adapters import adapt, describe_layers, find_targets, freeze_all_but_heads
+from vembed.training.dropout import set_dropout
+from vembed.training.freezing import freeze
 
 if TYPE_CHECKING:
     from vembed.models.protocol import Encoder
@@ -24,16 +32,26 @@ logger = logging.getLogger(__name__)
 def build_model(config: TrainConfig | Mapping[str, Any]) -> Encoder:
     """Load the encoder that is to be trained, on the CPU and in training mode.
 
+    Dropout is as the settings say, and what they freeze for good is frozen.
+
     Raises:
         ConfigError: if the model is not named, or cannot be what the settings ask for.
         CheckpointError: if its files are missing or do not fit.
     """
     config = TrainConfig.coerce(config)
+    if config.lora_quantization is not None:
+        found = [p for p in find_conflicts(config) if p.keys[0] == "lora_quantization"]
+        if found:
+            raise SettingsError(found)
+        check_quantization(config.lora_quantization)
     encoder = _load(config)
-    _freeze_unused(encoder, config)
-    if config.gradient_checkpointing:
-        for tower in _towers(encoder):
+    for tower in _towers(encoder):
+        if config.dropout is not None:
+            set_dropout(tower.backbone, config.dropout)
+        if config.gradient_checkpointing:
             _recompute_activations(tower.backbone)
+    _freeze_unused(encoder, config)
+    freeze(encoder, config.freeze, until_later=config.unfreeze_at_step)
     encoder.train()
     return encoder
 
@@ -49,6 +67,7 @@ def _load(config: TrainConfig) -> Encoder:
         "torch_dtype": config.torch_dtype,
         "attn_implementation": config.attn_implementation,
         "trust_remote_code": config.trust_remote_code,
+        "quantization": config.lora_quantization,
     }
     if config.text_model_name is not None and config.image_model_name is not None:
         return compose_encoder(
@@ -107,74 +126,67 @@ def apply_lora(
 ) -> None:
     """Put low-rank adapters into the backbone, in place, and freeze the rest of it.
 
-    Does nothing unless `use_lora` is set. Call it before the optimizer is built.
+    Does nothing unless `use_lora` is set. Call it before the optimizer is built. What is outside
+    the backbone, such as projections, goes on training, and so do the backbone's own heads.
 
     Raises:
-        ConfigError: if `lora_target_modules` names layers that the backbone does not have.
+        ConfigError: if `lora_target_modules` names layers that cannot be adapted, or `adapter_path`
+            holds adapters of other settings.
+        CheckpointError: if `adapter_path` cannot be read or does not fit.
     """
     config = TrainConfig.coerce(config)
     if not config.use_lora:
         return
-    for tower in _towers(model):
-        # Nothing in it is to be trained: it takes no part, or was frozen on purpose.
-        if any(p.requires_grad for p in tower.backbone.parameters()):
-            tower.backbone = _with_adapters(tower.backbone, config)
+    trained = [
+        (name, tower)
+        for name, tower in _named_towers(model, config)
+        # Else it takes no part, or was frozen on purpose.
+        if config.lora_quantization or any(p.requires_grad for p in tower.backbone.parameters())
+    ]
+    targets = find_targets([t.backbone for _, t in trained], config.lora_target_modules)
+    for (name, tower), layers in zip(trained, targets, strict=True):
+        if layers:
+            tower.backbone = adapt(tower.backbone, config, targets=layers, model_name=name)
+        else:
+            freeze_all_but_heads(tower.backbone)
+    if config.lora_quantization is not None:
+        # Quantized layers never train by themselves, so it did not show which of them were frozen.
+        for half in config.freeze_towers:
+            model.freeze(half)  # type: ignore[operator]
+        _freeze_unused(model, config)
+        freeze(model, config.freeze, until_later=config.unfreeze_at_step)
+    if config.adapter_path is not None:
+        load_adapters(Path(config.adapter_path), model)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     if accelerator.is_main_process:
         logger.info(
-            "LoRA: rank %d on %s; %s of %s parameters train (%.2f %%)",
+            "%-14s %s of rank %d on %s; %s of %s parameters train (%.2f %%)",
+            "adapters",
+            _adapter_kind(config),
             config.lora_r,
-            ", ".join(config.lora_target_modules or ["all linear layers"]),
+            describe_layers(model),
             f"{trainable:,}",
             f"{total:,}",
             100 * trainable / total,
         )
 
 
-def _with_adapters(backbone: Any, config: TrainConfig) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        r=config.lora_r,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules or "all-linear",
-        exclude_modules=_without_adapter(backbone) or None,
-    )
-    try:
-        return get_peft_model(backbone, settings)
-    except ValueError as error:
-        linear = sorted(
-            {n.rpartition(".")[2] for n, m in backbone.named_modules() if _is_linear(m)}
-        )
-        raise ConfigError(
-            f"lora_target_modules: {config.lora_target_modules}: {error} "
-            f"The backbone's linear layers are named: {', '.join(linear)}"
-        ) from error
+def _named_towers(model: Encoder, config: TrainConfig) -> list[tuple[str | None, Any]]:
+    """What has a backbone each, with the name that it was loaded by."""
+    towers = _towers(model)
+    names = [config.model_name] * len(towers)
+    if config.text_model_name is not None:
+        names = [config.text_model_name, config.image_model_name]
+    elif isinstance(model, ComposedEncoder):
+        names = [f"{config.model_name}/{tower}" for tower in TOWERS]
+    return list(zip(names, towers, strict=True))
 
 
-def _without_adapter(backbone: nn.Module) -> list[str]:
-    """Linear layers to leave alone: frozen ones, and those whose adapter would have no effect.
-
-    torch's own attention reads the weight of its output layer instead of calling the layer.
-    """
-    read_only = {
-        id(part)
-        for module in backbone.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for part in module.modules()
-    }
-    return [
-        name
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Linear)
-        and (id(module) in read_only or not module.weight.requires_grad)
-    ]
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def _adapter_kind(config: TrainConfig) -> str:
+    quantized = f" on {config.lora_quantization} weights" if config.lora_quantization else ""
+    kind = "DoRA" if config.use_dora else "LoRA"
+    return f"{'rs' if config.use_rslora else ''}{kind}{quantized}"
 
 
 def enable_static_graph(
@@ -186,12 +198,14 @@ def enable_static_graph(
 
     Args:
         model: The model as `accelerator.prepare` returned it.
-        config: Reads `ddp_static_graph`, `use_gradient_cache`, `gradient_accumulation_steps`.
+        config: Reads `ddp_static_graph`, `use_gradient_cache`, `gradient_accumulation_steps`,
+            `unfreeze_at_step`.
         accelerator: The Accelerator that prepared the model.
 
     Raises:
         ConfigError: with gradient caching or accumulation, which crash inside DDP ("expect autograd
-            hooks" internal assert) because their first backward passes must not reduce.
+            hooks" internal assert) because their first backward passes must not reduce; and with
+            parameters that join later.
     """
     config = TrainConfig.coerce(config)
     if not config.ddp_static_graph:
@@ -199,11 +213,13 @@ def enable_static_graph(
     for key, clash in (
         ("use_gradient_cache", config.use_gradient_cache),
         ("gradient_accumulation_steps", config.gradient_accumulation_steps > 1),
+        ("unfreeze_at_step", bool(config.unfreeze_at_step)),
     ):
         if clash:
             raise ConfigError(
                 f"ddp_static_graph: does not work with {key}: {config[key]}, because DDP with a "
-                f"static graph must reduce in every backward pass. Turn one of them off"
+                f"static graph must reduce the same gradients in every backward pass. Turn one of "
+                f"them off"
             )
     if accelerator.num_processes > 1 and isinstance(model, DistributedDataParallel):
         model._set_static_graph()  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -15,6 +15,13 @@ from transformers.trainer_utils import SchedulerType
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError
 from vembed.registry import check_arguments, did_you_mean, resolve
+from vembed.training.parameters import (
+    LOSS,
+    check_patterns,
+    last_match,
+    layers_above,
+    named_parameters,
+)
 from vembed.training.trackers import tracker_arguments
 
 OPTIMIZERS = {
@@ -47,16 +54,19 @@ def build_optimizer(
 ) -> Optimizer:
     """An optimizer over every trainable parameter of the model and of the loss.
 
-    Weight decay spares vectors and scalars: biases, norms, the temperature.
+    Weight decay spares vectors and scalars: biases, norms, class tokens, the temperature. A
+    learning rate is `lr`, times `layerwise_lr_decay` for each layer above the parameter, times the
+    factor of `lr_groups`, or the value there.
 
     Args:
         model: The encoder.
         config: Reads `optimizer`, `optimizer_betas`, `optimizer_eps`, `optimizer_kwargs`, `lr`,
-            `weight_decay`.
+            `lr_groups`, `layerwise_lr_decay`, `weight_decay`.
         criterion: The loss, whose own parameters, such as a temperature, train too if it has any.
 
     Raises:
-        ConfigError: if the optimizer is unknown, its arguments do not fit, or nothing is trainable.
+        ConfigError: if the optimizer is unknown, its arguments do not fit, nothing is trainable, or
+            a pattern of `lr_groups` matches nothing.
     """
     config = TrainConfig.coerce(config)
     if not trainable_parameters(model, criterion):
@@ -65,14 +75,22 @@ def build_optimizer(
         )
     factory = resolve("optimizer", config.optimizer, OPTIMIZERS)
     arguments = _optimizer_arguments(factory, config)
-    # Parameters that FSDP2 shares out are not updated together with those that it leaves whole.
-    shared = [p for p in trainable_parameters(model) if p.ndim > 0]
-    whole = [p for p in trainable_parameters(model) if p.ndim == 0]
-    whole += trainable_parameters(criterion)
-    groups = [g for p in (shared, whole) for g in _decay_groups(p, config.weight_decay)]
+    groups = _parameter_groups(model, criterion, config, base_lr=arguments.get("lr", config.lr))
     check_arguments(f"optimizer {config.optimizer!r}", factory, {"params": groups, **arguments})
     optimizer: Optimizer = factory(groups, **arguments)
     return optimizer
+
+
+def describe_groups(optimizer: Optimizer) -> list[str]:
+    """For the log: how many parameters have which learning rate and weight decay."""
+    sizes: dict[tuple[float, float], int] = {}
+    for group in optimizer.param_groups:
+        key = (group.get("initial_lr", group["lr"]), group["weight_decay"])
+        sizes[key] = sizes.get(key, 0) + sum(p.numel() for p in group["params"])
+    return [
+        f"{size:,} parameters: lr {lr:.3g}, weight decay {decay:g}"
+        for (lr, decay), size in sorted(sizes.items(), reverse=True)
+    ]
 
 
 def _optimizer_arguments(factory: Any, config: TrainConfig) -> dict[str, Any]:
@@ -93,16 +111,52 @@ def _optimizer_arguments(factory: Any, config: TrainConfig) -> dict[str, Any]:
     return {**arguments, **config.optimizer_kwargs}
 
 
-def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for parameter in parameters:
-        (decayed if parameter.ndim > 1 else spared).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": spared, "weight_decay": 0.0},
+def _parameter_groups(
+    model: nn.Module, criterion: Any, config: TrainConfig, *, base_lr: float
+) -> list[dict[str, Any]]:
+    """Parameters by learning rate and weight decay; those of the base rate come first.
+
+    Parameters that FSDP2 shares out are not updated together with those that it leaves whole, so
+    they are never in one group.
+    """
+    rates = _learning_rates(model, criterion, config, base_lr=base_lr)
+    groups: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
+    for name, parameter in named_parameters(model, criterion):
+        if parameter.requires_grad:
+            is_whole = parameter.ndim == 0 or name.startswith(LOSS)
+            rate, is_spared = rates[name], _is_vector(parameter)
+            key = (rate != base_lr, is_whole, -rate, is_spared)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": of, "lr": -rate, "weight_decay": 0.0 if is_spared else config.weight_decay}
+        for (_, _, rate, is_spared), of in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _is_vector(parameter: nn.Parameter) -> bool:
+    """Whether it is a vector or a scalar; tokens of image models are vectors `[1, 1, H]`."""
+    is_token = parameter.ndim > 2 and parameter.numel() == parameter.shape[-1]
+    return parameter.ndim <= 1 or is_token
+
+
+def _learning_rates(
+    model: nn.Module, criterion: Any, config: TrainConfig, *, base_lr: float
+) -> dict[str, float]:
+    """The peak learning rate of each trainable parameter, by visible name."""
+    trained = {n: p for n, p in named_parameters(model, criterion) if p.requires_grad}
+    check_patterns("lr_groups", config.lr_groups, list(trained), kind="trainable parameter")
+    decay = config.layerwise_lr_decay
+    depths = {} if decay is None else layers_above(model)
+    rates = {}
+    for name, parameter in trained.items():
+        rate = base_lr * (decay or 1.0) ** depths.get(id(parameter), 0)
+        choice = last_match(name, config.lr_groups)
+        if isinstance(choice, dict):
+            rate = choice["lr"]
+        elif choice is not None:
+            rate *= choice
+        rates[name] = rate
+    return rates
 
 
 def build_scheduler(

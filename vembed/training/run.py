@@ -22,13 +22,19 @@ from vembed.losses import build_criterion, build_distillation_loss, check_row_fi
 from vembed.models import load_encoder
 from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode, all_modes
+from vembed.training.adapter_files import load_loss
 from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
 from vembed.training.launch_check import check_process_count, check_strategy
 from vembed.training.learned_scale import start_from_checkpoint
 from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
-from vembed.training.optimizer_builder import build_optimizer, build_scheduler, resolve_tracker
+from vembed.training.optimizer_builder import (
+    build_optimizer,
+    build_scheduler,
+    describe_groups,
+    resolve_tracker,
+)
 from vembed.training.outcome import RunResult, prove, report, show
 from vembed.training.run_data import (
     RunData,
@@ -170,6 +176,8 @@ def build_trainer(
         tile_size=config.loss_tile_size,
         **config.loss_kwargs,
     )
+    if config.adapter_path is not None:
+        load_loss(Path(config.adapter_path), criterion)
     check_row_fields(criterion, data.train.fields)
     if "score" in data.train.fields and "score" not in getattr(criterion, "required_fields", ()):
         logger.warning(
@@ -199,6 +207,15 @@ def build_trainer(
     trainer.scheduler, _ = build_scheduler(
         optimizer, config, num_epochs=1, steps_per_epoch=plan.total
     )
+    for line in describe_groups(optimizer):
+        logger.info("%-14s %s", "optimizer", line)
+    for pattern, step in config.unfreeze_at_step.items():
+        if step >= plan.total:
+            logger.warning(
+                "unfreeze_at_step: %s stays frozen, because the run has %d steps",
+                pattern,
+                plan.total,
+            )
     return trainer
 
 
@@ -215,10 +232,12 @@ def describe_run(trainer: Trainer, encoder: Encoder, data: RunData) -> dict[str,
     per_step = config.batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     trainable = sum(p.numel() for p in trainer.parameters())
     rows = f"{len(data.train):,} rows" if isinstance(data.train, RecordDataset) else "a stream"
+    joining = trainer.describe_unfreezing()
     encoder_facts = ", ".join(f"{name} {value}" for name, value in encoder.describe().items())
     return {
         "model": f"{config.model_label} ({encoder_facts})",
         "parameters": f"{trainable:,} of {sum(p.numel() for p in encoder.parameters()):,} train",
+        **({"frozen at first": joining} if joining else {}),
         "training data": f"{rows} from {config.data_path}",
         "test data": data.test_source or "none",
         "batch": f"{per_step} pairs per step = {config.batch_size} x "

@@ -108,7 +108,7 @@ class ShardedEncoder:
     def plain_copy(self) -> nn.Module | None:
         """The encoder with all of its weights, on the CPU of the main process; None on the others.
 
-        For saving: tensors that checkpoints do not hold are empty in it. Collective.
+        Collective.
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.encoder, options=options)
@@ -116,6 +116,10 @@ class ShardedEncoder:
             return None
         plain = copy.deepcopy(self._empty_copy).to_empty(device="cpu")
         plain.load_state_dict(weights)
+        # Also those that checkpoints do not hold, such as the numbers of positions.
+        buffers = dict(self.encoder.named_buffers())
+        for name, buffer in plain.named_buffers():
+            buffer.copy_(buffers[name])
         return plain
 
 

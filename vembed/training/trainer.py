@@ -21,6 +21,7 @@ from vembed.config import TrainConfig
 from vembed.data import RecordLoader
 from vembed.distributed import reduce_gradients
 from vembed.errors import ConfigError
+from vembed.training.adapter_gate import AdapterWatch, Probe
 from vembed.training.data_utils import (
     TEACHER_PREFIX,
     Inputs,
@@ -31,6 +32,7 @@ from vembed.training.data_utils import (
     unpack_roles,
 )
 from vembed.training.evaluator import Evaluator
+from vembed.training.freezing import Unfreezing
 from vembed.training.gradient_cache import GradientCache
 from vembed.training.learned_scale import keep_in_model
 from vembed.training.model_builder import enable_static_graph
@@ -123,6 +125,8 @@ class Trainer:
         self.plain_step = GradientCache(chunk_tokens=self.config.chunk_tokens, keep="all")
         self.gradient_cache = _build_gradient_cache(self.config)
         self._clamp = getattr(criterion, "clamp", None)
+        self._unfreezing = Unfreezing(model, criterion, self.config.unfreeze_at_step)
+        self._adapter_watch = AdapterWatch(model)
         self._sharded: ShardedEncoder | None = None
 
     def prepare(self) -> None:
@@ -142,6 +146,7 @@ class Trainer:
             if isinstance(function, nn.Module):
                 function.to(accelerator.device)
         enable_static_graph(self.model, self.config, accelerator)
+        self.unfreeze(self.state.step)
 
     def train(self) -> TrainState:
         """Train to the end of the last epoch, or for `max_steps`.
@@ -215,8 +220,25 @@ class Trainer:
 
     def after_update(self) -> None:
         """Bring parameters with a range, such as a temperature, back into it."""
+        self._adapter_watch.see_update(self.accelerator.unwrap_model(self.model), self.optimizer)
         if self._clamp is not None:
             self._clamp()
+
+    def unfreeze(self, step: int) -> None:
+        """Train what trains after `step` optimizer steps, and nothing else (`unfreeze_at_step`).
+
+        Call it between steps, before the one that follows.
+        """
+        self._unfreezing.apply(self.accelerator.unwrap_model(self.model), self.criterion, step)
+
+    def describe_unfreezing(self) -> str:
+        """How many parameters join at which steps, in words; empty for none."""
+        encoder = self.accelerator.unwrap_model(self.model)
+        return self._unfreezing.describe(encoder, self.criterion)
+
+    def adapter_probe(self) -> Probe | None:
+        """What to compare on when adapters are merged; None before the first step."""
+        return self._adapter_watch.probe
 
     def parameters(self) -> list[nn.Parameter]:
         """Every trainable parameter: of the model, the criterion and the distillation loss."""
@@ -272,6 +294,8 @@ class Trainer:
 
     def _step_through(self, cache: GradientCache, batch: Batch) -> StepOutput:
         inputs = unpack_roles(batch, self.config.retrieval_mode)
+        lengths = row_lengths(batch, inputs)
+        self._adapter_watch.see_batch(inputs, lengths)
         teacher = self._teacher_embeddings(cache, batch)
         extras = unpack_extras(batch)
 
@@ -281,7 +305,7 @@ class Trainer:
         loss = cache.backward(
             encode=self._embed,
             inputs=inputs,
-            lengths=row_lengths(batch, inputs),
+            lengths=lengths,
             objective=objective,
             backward=self.accelerator.backward,
         )

@@ -94,6 +94,7 @@ def run_training_loop(trainer: Trainer) -> TrainState:
         _validate(trainer, state, recorder)
         before_update: Callable[[], object] | None = FirstStepWatch(trainer).tell
         for group in islice(_step_groups(trainer, plan, state), plan.total):
+            trainer.unfreeze(state.step)
             outputs, grad_norm = optimizer_step(trainer, group, before_update)
             before_update = None
             state.step += 1
@@ -211,4 +212,11 @@ def _save_step(trainer: Trainer, step: int) -> None:
 
 
 def _save(trainer: Trainer, path: Path) -> None:
-    save_checkpoint(path, trainer.model_to_save(), trainer.accelerator, config=trainer.config)
+    save_checkpoint(
+        path,
+        trainer.model_to_save(),
+        trainer.accelerator,
+        config=trainer.config,
+        criterion=trainer.criterion,
+        probe=trainer.adapter_probe(),
+    )

@@ -52,6 +52,17 @@ TELLING_MODES = [
 ]
 """Modes in which both towers are in use, one on each side or both on each."""
 
+
+def whole_mode(family: str) -> str:
+    """A mode in which every part of a model is in use."""
+    return f"{MODALITIES[family][0]}2{MODALITIES[family][-1]}"
+
+
+def other_size(family: str) -> int | None:
+    """A projection_dim that adds a projection; None where a model has its own already."""
+    return None if family == "composed" else 8
+
+
 FLOAT32_INSIDE = {"siglip2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"}
 """Families that compute norms or positions in float32, whatever the type of their weights."""
 

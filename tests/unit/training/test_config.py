@@ -2,6 +2,7 @@
 
 import pytest
 
+from vembed import config as config_module
 from vembed.config import ALIASES, RUN_REQUIRES, DatasetSpec, TrainConfig
 from vembed.errors import ConfigError
 from vembed.training.config import (
@@ -11,6 +12,18 @@ from vembed.training.config import (
     render_config,
     save_config,
 )
+
+
+@pytest.fixture(autouse=True)
+def bitsandbytes(monkeypatch):
+    """As if it were installed: whether it is decides about lora_quantization."""
+    find = config_module.find_spec
+    monkeypatch.setattr(
+        config_module,
+        "find_spec",
+        lambda name: object() if name == "bitsandbytes" else find(name),
+    )
+
 
 # A value other than the default for every setting: as typed, and as it must arrive.
 OTHER = {
@@ -29,11 +42,16 @@ OTHER = {
     "document_prompt": ("", ""),
     "torch_dtype": ("bfloat16", "bfloat16"),
     "attn_implementation": ("eager", "eager"),
+    "dropout": ("0.2", 0.2),
     "use_lora": ("true", True),
     "lora_r": ("8", 8),
     "lora_alpha": ("16", 16.0),
     "lora_dropout": ("0.1", 0.1),
     "lora_target_modules": ("[query, value]", ["query", "value"]),
+    "use_dora": ("true", True),
+    "use_rslora": ("true", True),
+    "lora_quantization": ("4bit", "4bit"),
+    "adapter_path": ("runs/a/final/adapter", "runs/a/final/adapter"),
     "data_path": ("a.jsonl", "a.jsonl"),
     "val_data_path": ("v", "v"),
     "test_data_path": ("t", "t"),
@@ -70,6 +88,13 @@ OTHER = {
     "optimizer_eps": ("1e-6", 1e-6),
     "optimizer_kwargs": ("{momentum: 0.9}", {"momentum": 0.9}),
     "weight_decay": ("0", 0.0),
+    "lr_groups": (
+        "{projections.*: 10, loss.*: {lr: 1e-3}}",
+        {"projections.*": 10.0, "loss.*": {"lr": 1e-3}},
+    ),
+    "layerwise_lr_decay": ("0.9", 0.9),
+    "freeze": ("[backbone.embeddings.*, x]", ["backbone.embeddings.*", "x"]),
+    "unfreeze_at_step": ("{backbone.*: 2}", {"backbone.*": 2}),
     "scheduler_type": ("cosine", "cosine"),
     "scheduler_kwargs": ("{num_cycles: 2}", {"num_cycles": 2}),
     "warmup_ratio": ("0.5", 0.5),
@@ -94,6 +119,7 @@ OTHER = {
     "eval_steps": ("5", 5),
     "save_steps": ("5", 5),
     "save_total_limit": ("null", None),
+    "save_adapter": ("false", False),
     "metric_for_best": ("loss", "loss"),
     "report_to": ("wandb,swanlab", ["wandb", "swanlab"]),
     "project_name": ("p", "p"),
@@ -106,6 +132,9 @@ NEEDS = {
     "text_model_name": {"image_model_name": "i"},
     "image_model_name": {"text_model_name": "t"},
     "trust_remote_code": {"revision": "abc"},
+    **dict.fromkeys(
+        ["use_dora", "use_rslora", "lora_quantization", "adapter_path"], {"use_lora": "true"}
+    ),
     "image_root": {"retrieval_mode": "t2i"},
     "image_hosts": {"retrieval_mode": "t2i"},
     "max_image_pixels": {"retrieval_mode": "i2i"},
@@ -381,6 +410,7 @@ class TestSaving:
             "streaming": False,
             "text_model_name": None,
             "image_model_name": None,
+            "lora_quantization": None,
             "query_prompt": "one:\ntwo # ' \" é \u2028",
             "data_path": ["a", {"path": "b", "query_prompt": "no"}],
         }

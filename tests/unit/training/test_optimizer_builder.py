@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.unit.models.families import family_path, load
+from tests.unit.training.test_dropout import tiny
 from vembed.errors import ConfigError
 from vembed.training.optimizer_builder import (
     build_optimizer,
     build_scheduler,
+    describe_groups,
     resolve_tracker,
     trainable_parameters,
 )
@@ -35,6 +38,134 @@ def test_decay_spares_biases_norms_and_scalars():
     assert decay[id(model.layer.weight)] == 0.5
     assert [decay[id(p)] for p in spared] == [0.0] * 4
     assert len(decay) == 5
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "bert"])
+def test_decay_of_real_models_is_for_matrices_and_tables(model_type):
+    model = tiny(model_type)
+    optimizer = build_optimizer(model, {"weight_decay": 0.5})
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    decayed = {name for name, p in model.named_parameters() if decay[id(p)] == 0.5}
+    spared = {name for name, p in model.named_parameters() if decay[id(p)] == 0.0}
+    assert decayed
+    assert not [n for n in decayed if n.endswith(".bias") or "norm" in n.lower()]
+    assert all(n.endswith(".bias") or "norm" in n.lower() for n in spared)
+
+
+@pytest.mark.parametrize("family", ["siglip", "vit", "dinov3", "composed", "qwen3_vl"])
+def test_decay_spares_the_tokens_of_image_models(family):
+    model = load(family_path(family))
+    optimizer = build_optimizer(model, {"weight_decay": 0.5})
+    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            last = name.rpartition(".")[2]
+            is_spared = parameter.ndim <= 1 or last in ("cls_token", "probe")
+            assert decay[id(parameter)] == (0.0 if is_spared else 0.5), name
+    assert len({decay[id(p)] for p in model.parameters() if p.requires_grad}) == 2
+
+
+class Layered(nn.Module):
+    """A backbone of three layers, with something before, something after, and a projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Module()
+        self.backbone.embeddings = nn.Embedding(5, 2)
+        self.backbone.layers = nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3))
+        self.backbone.norm = nn.LayerNorm(2, bias=False)
+        self.projections = nn.ModuleList([nn.Linear(2, 2)])
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.zeros(()))
+
+
+def rates(optimizer: torch.optim.Optimizer, *modules: nn.Module) -> dict[str, float]:
+    """Learning rates by parameter."""
+    by_id = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    named = [pair for module in modules for pair in module.named_parameters()]
+    return {name: by_id[id(p)] for name, p in named}
+
+
+def test_learning_rates_by_pattern_and_layer():
+    model, criterion = Layered(), Scale()
+    config = {
+        "lr": 1.0,
+        "layerwise_lr_decay": 0.5,
+        "lr_groups": {
+            "projections": 10,
+            "projections.*.bias": 20,  # the last one that matches wins
+            "backbone.layers.0.*": {"lr": 7},
+            "backbone.layers.1.*": 3,
+            "loss.*": {"lr": 0.25},
+        },
+    }
+    optimizer = build_optimizer(model, config, criterion)
+    assert rates(optimizer, model, criterion) == {
+        "backbone.embeddings.weight": 1 / 8,
+        "backbone.layers.0.weight": 7.0,
+        "backbone.layers.1.weight": 3 / 2,
+        "backbone.layers.2.weight": 1.0,
+        "backbone.norm.weight": 1.0,
+        "projections.0.weight": 10.0,
+        "projections.0.bias": 20.0,
+        "logit_scale": 0.25,
+    }
+    # What the log calls lr.
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_one_learning_rate_makes_the_same_groups_as_none():
+    groups = [
+        [(g["lr"], g["weight_decay"], len(g["params"])) for g in of.param_groups]
+        for of in (
+            build_optimizer(Layered(), {"lr": 0.5}, Scale()),
+            build_optimizer(Layered(), {"lr": 0.5, "lr_groups": {"*": 1}}, Scale()),
+            build_optimizer(Layered(), {"lr": 0.5, "layerwise_lr_decay": 1.0}, Scale()),
+        )
+    ]
+    assert groups[0] == groups[1] == groups[2] == [(0.5, 0.01, 5), (0.5, 0.0, 2), (0.5, 0.0, 1)]
+
+
+def test_a_schedule_scales_every_group():
+    optimizer = build_optimizer(Layered(), {"lr": 1.0, "lr_groups": {"projections": 10}})
+    settings = {"scheduler_type": "linear", "warmup_steps": 2}
+    scheduler, _ = build_scheduler(optimizer, settings, num_epochs=1, steps_per_epoch=6)
+    seen = []
+    for _ in range(6):
+        seen.append({g["lr"] for g in optimizer.param_groups})
+        optimizer.step()
+        scheduler.step()
+    assert seen == [{0.0}, {0.5, 5.0}, {1.0, 10.0}, {0.75, 7.5}, {0.5, 5.0}, {0.25, 2.5}]
+
+
+def test_an_optimizers_own_lr_is_what_factors_multiply():
+    settings = {"lr": 1.0, "optimizer_kwargs": {"lr": 0.5}, "lr_groups": {"projections": 2}}
+    model = Layered()
+    assert set(rates(build_optimizer(model, settings), model).values()) == {0.5, 1.0}
+
+
+def test_wrong_patterns_are_named():
+    with pytest.raises(ConfigError, match=r"did you mean 'projections\.\*'"):
+        build_optimizer(Layered(), {"lr_groups": {"projection.*": 2}})
+    frozen = Layered()
+    frozen.projections.requires_grad_(False)
+    with pytest.raises(ConfigError, match="lr_groups: 'projections' matches no trainable param"):
+        build_optimizer(frozen, {"lr_groups": {"projections": 2}})
+
+
+def test_groups_are_told_with_rate_and_decay():
+    optimizer = build_optimizer(Layered(), {"lr": 0.5, "lr_groups": {"projections": 2}}, Scale())
+    build_scheduler(optimizer, {"warmup_steps": 5}, 1, 10)  # it starts at 0, which is no news
+    assert describe_groups(optimizer) == [
+        "4 parameters: lr 1, weight decay 0.01",
+        "2 parameters: lr 1, weight decay 0",
+        "22 parameters: lr 0.5, weight decay 0.01",
+        "3 parameters: lr 0.5, weight decay 0",
+    ]
 
 
 def test_frozen_parameters_are_left_out_and_those_of_the_loss_taken_in():

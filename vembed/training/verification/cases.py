@@ -150,6 +150,7 @@ def settings_of(config: TrainConfig, scope: Scope, case: Case) -> TrainConfig:
             "device": "cpu",
             "num_processes": None,
             "torch_dtype": "float32",
+            "lora_quantization": None,
             "mixed_precision": "no",
             "attn_implementation": None if flash else config.attn_implementation,
             "ddp_static_graph": config.ddp_static_graph and plain,
