@@ -30,6 +30,7 @@ from vembed.training.learned_scale import start_from_checkpoint
 from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
 from vembed.training.optimizer_builder import build_optimizer, build_scheduler, resolve_tracker
 from vembed.training.outcome import RunResult, prove, report, show
+from vembed.training.parts import describe_trainable
 from vembed.training.run_data import (
     RunData,
     build_collator,
@@ -218,7 +219,7 @@ def describe_run(trainer: Trainer, encoder: Encoder, data: RunData) -> dict[str,
     encoder_facts = ", ".join(f"{name} {value}" for name, value in encoder.describe().items())
     return {
         "model": f"{config.model_label} ({encoder_facts})",
-        "parameters": f"{trainable:,} of {sum(p.numel() for p in encoder.parameters()):,} train",
+        "parameters": describe_trainable(encoder, trainable),
         "training data": f"{rows} from {config.data_path}",
         "test data": data.test_source or "none",
         "batch": f"{per_step} pairs per step = {config.batch_size} x "

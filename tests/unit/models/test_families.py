@@ -1,4 +1,4 @@
-"""What holds for every model that embeds images: one battery over all families and modes."""
+"""What holds for every model: one battery over all families and modes."""
 
 from __future__ import annotations
 
