@@ -36,6 +36,8 @@ def describe_trainable(encoder: nn.Module, trainable: int) -> str:
     """
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in encoder.named_parameters():
+        if parameter.numel() == 1:
+            continue  # a scale of the checkpoint's own loss
         parts.setdefault(part_of(name), []).append(parameter)
     total = sum(parameter.numel() for parameter in encoder.parameters())
     line = f"{trainable:,} of {total:,} train"

@@ -107,8 +107,8 @@ def rows_in(mode: str, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]
 @functools.cache
 def items(letter: str, count: int = 4, offset: int = 0) -> tuple[Item, ...]:
     """`count` items of one modality, of different lengths and shapes."""
-    pairs = tiny.PAIRS[offset : offset + count]
-    texts = [pair["positive"] if offset else pair["query"] for pair in pairs]
+    pairs = list(enumerate(tiny.PAIRS[offset : offset + count]))
+    texts = [pair["positive" if offset or number % 2 else "query"] for number, pair in pairs]
     images = tiny.tiny_images(count + offset)[offset:]
     made = {
         "t": [Item(text=text) for text in texts],
