@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.tiny import PAIRS, write_rows
+from tests.unit.models.families import family_path, pictures, rows_in
 from vembed.config import TrainConfig
 from vembed.losses import LOSSES
 from vembed.models import ENCODERS
@@ -28,10 +29,20 @@ from vembed.training.verification.cases import (
 )
 from vembed.training.verification.comparison import compare
 from vembed.training.verification.subject import load_subject, prepare
-from vembed.training.verification.verify import verify_on
+from vembed.training.verification.verify import quiet, verify_on
 
 FAMILIES = {"bert": "text", "modernbert": "text", "qwen3": "text"}
-"""Tiny models, each with its kind in `ENCODERS`."""
+"""Tiny models of texts, each with its kind in `ENCODERS`."""
+
+OF_IMAGES = {
+    "clip": ("dual", "t2i"),
+    "siglip2": ("dual", "i2m"),
+    "vit": ("vision", "i2i"),
+    "mae": ("vision", "i2i"),
+    "qwen2_5_vl": ("vlm", "m2t"),
+    "composed": ("composed", "t2m"),
+}
+"""Tiny models for images, each with its kind and a mode; every mode: tests/distributed."""
 
 ALONE = Scope(processes=1, precision="float64", pairs=8)
 
@@ -80,8 +91,25 @@ def test_every_loss_with_every_encoder_family(make_config, loss, family):
     assert not any(g.is_zero for r in verification.results for g in r.groups.values())
 
 
+@pytest.mark.parametrize("family", OF_IMAGES)
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "supcon"])
+def test_every_loss_of_pairs_with_images(tmp_path, loss, family):
+    _, mode = OF_IMAGES[family]
+    config = TrainConfig(
+        model_name=str(family_path(family)),
+        data_path=str(write_rows(tmp_path / "rows.jsonl", rows_in(mode, rows_for(loss)))),
+        image_root=str(pictures()),
+        retrieval_mode=mode,
+        loss_type=loss,
+    )
+    with quiet():
+        verification = verify(config, AS_CONFIGURED, scope=Scope(1, "float64", 4))
+    assert not failures(verification)
+    assert not any(g.is_zero for r in verification.results for g in r.groups.values())
+
+
 def test_every_kind_of_encoder_has_a_family_here():
-    assert set(FAMILIES.values()) == set(ENCODERS)
+    assert {*FAMILIES.values(), *(kind for kind, _ in OF_IMAGES.values())} == set(ENCODERS)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ from transformers import AutoModel
 from vembed.errors import CheckpointError, ConfigError
 from vembed.models.merging import merged
 from vembed.models.quantization import quantization_options
+
+_TALKATIVE = ("modeling_utils", "configuration_utils")
 
 
 def load_backbone(
@@ -36,15 +41,16 @@ def load_backbone(
     if quantization is not None:
         options |= quantization_options(quantization, torch_dtype)
     try:
-        backbone, info = AutoModel.from_pretrained(
-            folder,
-            dtype=torch_dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # reported below, together with what is missing
-            **options,
-        )
+        with _unreported():
+            backbone, info = AutoModel.from_pretrained(
+                folder,
+                dtype=torch_dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, together with what is missing
+                **options,
+            )
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
     except (ImportError, ValueError) as error:
@@ -62,6 +68,26 @@ def load_backbone(
     if getattr(text_config, "use_cache", False):
         text_config.use_cache = False  # keys and values for generation, which no embedding needs
     return backbone
+
+
+@contextmanager
+def _unreported() -> Iterator[None]:
+    """Inside, transformers does not list the heads that no embedding needs, or odd token ids.
+
+    SigLIP's published config names a start token beyond its own vocabulary.
+    """
+    loggers = [logging.getLogger(f"transformers.{name}") for name in _TALKATIVE]
+    for logger in loggers:
+        logger.addFilter(_is_error)  # a higher level would have transformers say other things
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def take_off_pooler(backbone: Any) -> dict[str, Tensor]:

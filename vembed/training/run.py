@@ -36,6 +36,7 @@ from vembed.training.optimizer_builder import (
     resolve_tracker,
 )
 from vembed.training.outcome import RunResult, prove, report, show
+from vembed.training.parts import describe_trainable
 from vembed.training.run_data import (
     RunData,
     build_collator,
@@ -236,7 +237,7 @@ def describe_run(trainer: Trainer, encoder: Encoder, data: RunData) -> dict[str,
     encoder_facts = ", ".join(f"{name} {value}" for name, value in encoder.describe().items())
     return {
         "model": f"{config.model_label} ({encoder_facts})",
-        "parameters": f"{trainable:,} of {sum(p.numel() for p in encoder.parameters()):,} train",
+        "parameters": describe_trainable(encoder, trainable),
         **({"frozen at first": joining} if joining else {}),
         "training data": f"{rows} from {config.data_path}",
         "test data": data.test_source or "none",

@@ -1,9 +1,10 @@
-"""Tiny models for images, what they embed, and the real Trainer on a batch of it."""
+"""Tiny models of every family, what they embed, and the real Trainer on a batch of it."""
 
 from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from vembed.training.optimizer_builder import build_optimizer
 from vembed.training.trainer import Trainer
 
 MODALITIES = {
+    "bert": "t",
+    "modernbert": "t",
+    "qwen3": "t",
     "clip": "tim",
     "siglip": "tim",
     "siglip2": "tim",
@@ -48,7 +52,7 @@ FAMILY_MODE = [
 TELLING_MODES = [
     (family, mode)
     for family, mode in FAMILY_MODE
-    if mode in ("t2i", "m2m") or MODALITIES[family] == "i"
+    if mode in ("t2i", "m2m") or len(MODALITIES[family]) == 1
 ]
 """Modes in which both towers are in use, one on each side or both on each."""
 
@@ -63,25 +67,59 @@ def other_size(family: str) -> int | None:
     return None if family == "composed" else 8
 
 
-FLOAT32_INSIDE = {"siglip2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"}
+FLOAT32_INSIDE = {"qwen3", "siglip2", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava"}
 """Families that compute norms or positions in float32, whatever the type of their weights."""
 
 _SCRATCH = tempfile.TemporaryDirectory(prefix="vembed-families-")
+_QUIET = {"bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
+_MOST_TEXTS = 64
 
 
 @functools.cache
 def family_path(family: str) -> Path:
-    """A tiny model of this family, built once."""
+    """A tiny model of this family, built once, without dropout."""
     build = getattr(tiny, f"tiny_{family}")
-    path: Path = build(Path(_SCRATCH.name) / family)
+    path: Path = build(Path(_SCRATCH.name) / family, **_QUIET.get(family, {}))
     return path
+
+
+@functools.cache
+def pictures() -> Path:
+    """A folder with a picture for each of the first texts that rows may have, as `NUMBER.png`."""
+    folder = Path(_SCRATCH.name) / "pictures"
+    folder.mkdir()
+    for number, image in enumerate(tiny.tiny_images(_MOST_TEXTS)):
+        (folder / f"{number}.png").write_bytes(image.data)
+    return folder
+
+
+def rows_in(mode: str, rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of texts in another mode: instead of a text, or beside it, its picture.
+
+    Equal texts have the same picture. Paths are relative to `pictures()`.
+    """
+    letters = RetrievalMode.parse(mode)
+    numbers: dict[str, int] = {}
+
+    def cell(text: str, letter: str) -> Any:
+        image = f"{numbers.setdefault(text, len(numbers))}.png"
+        return {"t": text, "i": image, "m": {"text": text, "image": image}}[letter]
+
+    made = []
+    for row in rows:
+        item = {**row, "query": cell(row["query"], letters.query)}
+        item["positive"] = cell(row["positive"], letters.document)
+        if "negatives" in row:
+            item["negatives"] = [cell(text, letters.document) for text in row["negatives"]]
+        made.append(item)
+    return made
 
 
 @functools.cache
 def items(letter: str, count: int = 4, offset: int = 0) -> tuple[Item, ...]:
     """`count` items of one modality, of different lengths and shapes."""
-    pairs = tiny.PAIRS[offset : offset + count]
-    texts = [pair["positive"] if offset else pair["query"] for pair in pairs]
+    pairs = list(enumerate(tiny.PAIRS[offset : offset + count]))
+    texts = [pair["positive" if offset or number % 2 else "query"] for number, pair in pairs]
     images = tiny.tiny_images(count + offset)[offset:]
     made = {
         "t": [Item(text=text) for text in texts],

@@ -1,6 +1,9 @@
-"""What holds for every model that embeds images: one battery over all families and modes."""
+"""What holds for every model: one battery over all families and modes."""
 
 from __future__ import annotations
+
+import json
+import shutil
 
 import numpy as np
 import pytest
@@ -39,6 +42,21 @@ def test_the_batch_changes_no_vector(family, letter, encoders):
     np.testing.assert_allclose(together, alone, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-6)
     assert (together @ together.T - np.eye(4)).max() < 0.9999, "two items have the same vector"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", [f for f, letters in MODALITIES.items() if "t" in letters])
+def test_the_side_that_a_tokenizer_pads_on_changes_no_vector(family, side, encoders, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(family_path(family), folder)
+    written = list(folder.rglob("tokenizer_config.json"))
+    for file in written:
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": side}))
+    encoder = load(folder)
+    for letter in sorted({"t", "m"} & set(MODALITIES[family])):
+        alone = np.concatenate([vectors(encoders[family], [item]) for item in items(letter)])
+        np.testing.assert_allclose(vectors(encoder, items(letter)), alone, atol=1e-6)
+    assert written
 
 
 @pytest.mark.parametrize(("family", "letter"), FAMILY_MODALITY)

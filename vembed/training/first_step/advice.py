@@ -228,8 +228,9 @@ def _loss(report: FirstStepReport) -> Iterator[Advice]:
         yield Advice(
             "at chance",
             f"the loss, {loss:.4f}, is no better than chance, {chance:.4f}: the model cannot tell "
-            "positives from other documents. Unless it is untrained, check model_name, "
-            "pooling_method and query_prompt, and that column_mapping pairs what belongs together",
+            "positives from other documents. Unless it, or its projection, is untrained, check "
+            "model_name, pooling_method and query_prompt, and that column_mapping pairs what "
+            "belongs together",
             ("model_name", "pooling_method", "query_prompt", "column_mapping"),
         )
 

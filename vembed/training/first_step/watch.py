@@ -21,6 +21,7 @@ from vembed.training.first_step.encoding import (
 )
 from vembed.training.first_step.report import FirstStepReport, GradientNorm, Memory
 from vembed.training.objective import Embeddings, Objective, StepLoss
+from vembed.training.parts import part_of
 from vembed.training.sharding import total_norm
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def gradient_norms(trainer: Trainer) -> dict[str, GradientNorm]:
     groups: dict[str, list[nn.Parameter]] = {}
     for name, parameter in encoder.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault(name.partition(".")[0], []).append(parameter)
+            groups.setdefault(part_of(name), []).append(parameter)
     for name, loss in (("loss", trainer.criterion), ("distillation", trainer.distillation_loss_fn)):
         if isinstance(loss, nn.Module):
             trained = [p for p in loss.parameters() if p.requires_grad]

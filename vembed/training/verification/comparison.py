@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from vembed.training.parts import part_of
 from vembed.training.verification.cases import ACCUMULATION, LOSS_SCALING, Case
 
 _ENCODER = "encoder."
-# As transformers names them in models of text and image.
-_TOWERS = frozenset({"text_model", "vision_model", "language_model", "visual"})
 _SAME_NUMBER = 1e-3
 _SAME_DIRECTION = 1 - 1e-6
 
@@ -46,7 +45,8 @@ class CaseResult:
         case: What was compared.
         tolerance: Largest difference that passes.
         reference: How the reference was computed: `whole` or `replayed` (see `gradients`).
-        cutting_error: See `gradients.cutting_error`; None where it is known to be large.
+        cutting_error: See `gradients.cutting_error`; where embeddings stay the same and gradients
+            do not, how much these change. None where it is known to be large.
         groups: By name of the group; empty if the case was skipped.
         skipped: Why the case does not apply; None if it does.
     """
@@ -106,10 +106,9 @@ def group_of(name: str) -> str:
     The towers of a backbone with several are groups of their own.
     """
     owner, _, rest = name.partition(".")
-    if not name.startswith(_ENCODER):
-        return rest if owner == "loss" else name
-    parts = rest.split(".")
-    return next((part for part in parts if part in _TOWERS), parts[0])
+    if name.startswith(_ENCODER):
+        return part_of(rest)
+    return rest if owner == "loss" else name
 
 
 def _compare_group(
