@@ -49,6 +49,9 @@ _TRANSFORMER_CONFIGS = [
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
 # Settings of the Transformer module that vembed follows, or that say what it assumes anyway.
+_KEEP_TOKENS = ("MultiVectorEncoder", "ColBERT")
+"""How sentence-transformers, and PyLate up to version 3, name a late-interaction model."""
+
 # What sentence-transformers and PyLate can do with tokens, and vembed does not.
 _TOKEN_RULES = (
     "query_expansion",
@@ -151,7 +154,8 @@ def read_settings(path: str | Path) -> CheckpointSettings:
     pools_itself = (
         kinds[0] == "CLIPModel" or transformer.get("module_output_name") == "sentence_embedding"
     )
-    keeps_tokens = not pools_itself and "Pooling" not in kinds
+    model = _read_json(root / "config_sentence_transformers.json")
+    keeps_tokens = model.get("model_type") in _KEEP_TOKENS or "MultiVectorMask" in kinds
     first_dense = 1 if pools_itself or keeps_tokens else 2
     dense = kinds.count("Dense")
     normalize = kinds[-1] == "Normalize"
@@ -165,7 +169,6 @@ def read_settings(path: str | Path) -> CheckpointSettings:
             f"a model that keeps them), and at most one Normalize, in that order. "
             f"Found: {', '.join(kinds)}"
         )
-    model = _read_json(root / "config_sentence_transformers.json")
     if model.get("truncate_dim"):
         raise CheckpointError(
             f"{root / 'config_sentence_transformers.json'}: truncate_dim is not supported"
@@ -190,21 +193,34 @@ def read_settings(path: str | Path) -> CheckpointSettings:
         do_lower_case=bool(transformer.get("do_lower_case")),
         prompts=prompts,
         default_prompt_name=model.get("default_prompt_name"),
-        token_rules=_token_rules(root, modules, (model, transformer)) if keeps_tokens else (),
+        token_rules=_token_rules(root, modules, model=model, transformer=transformer)
+        if keeps_tokens
+        else (),
     )
 
 
 def _token_rules(
-    root: Path, modules: Sequence[Mapping[str, Any]], configs: Sequence[Mapping[str, Any]]
+    root: Path,
+    modules: Sequence[Mapping[str, Any]],
+    *,
+    model: Mapping[str, Any],
+    transformer: Mapping[str, Any],
 ) -> tuple[str, ...]:
-    """The settings of a late-interaction model that decide which tokens count, beside padding."""
+    """What a late-interaction model does that vembed does not, such as to leave tokens out."""
+    # What PyLate up to version 3 did where its folder says nothing.
+    silent = {"do_query_expansion": True, "skiplist_words": ["punctuation"]}
+    told = {**(silent if model.get("model_type") == "ColBERT" else {}), **model}
     masks = [
         _read_json(root / module["path"] / "config.json")
         for module in modules
         if str(module["type"]).endswith("MultiVectorMask")
     ]
-    found = {rule for config in (*configs, *masks) for rule in _TOKEN_RULES if config.get(rule)}
-    return tuple(rule for rule in _TOKEN_RULES if rule in found)
+    configs = (told, transformer, *masks)
+    rules = tuple(rule for rule in _TOKEN_RULES if any(config.get(rule) for config in configs))
+    any_length = model.get("model_type") == "MultiVectorEncoder" and not any(
+        str(module["type"]).endswith("Normalize") for module in modules
+    )
+    return (*rules, "vectors of any length") if any_length else rules
 
 
 def is_router(path: str | Path) -> bool:
@@ -411,7 +427,8 @@ def _read_transformer_config(folder: Path) -> dict[str, Any]:
             f"{files[0]}: transformer_task {config['transformer_task']!r} is not that of an "
             f"embedding model (feature-extraction)"
         )
-    if other := [key for key, value in config.items() if value and key not in _TRANSFORMER_KEYS]:
+    known = {*_TRANSFORMER_KEYS, *_TOKEN_RULES}
+    if other := [key for key, value in config.items() if value and key not in known]:
         logger.warning("%s: not used by vembed: %s", files[0], ", ".join(other))
     return config
 
