@@ -194,6 +194,12 @@ CONFLICTS = [
         {"streaming": True, "max_steps": 1, "holdout_ratio": 0, "max_train_samples": 5},
         "max_train_samples: a stream has no first rows",
     ),
+    ({"pooling_method": "none"}, "loss_type: infonce compares one vector for each item"),
+    ({"pooling_method": "none", "loss_type": "cosent"}, "loss_type: cosent compares one vector"),
+    ({"pooling_method": "cls", "loss_type": "colbert"}, "loss_type: colbert compares a vector for"),
+    ({"loss_type": "maxsim", "normalize_embeddings": False}, "normalize_embeddings: MaxSim adds"),
+    ({"loss_type": "maxsim", "teacher_model_name": "x"}, "teacher_model_name: distillation comp"),
+    ({"loss_type": "maxsim", "encoder_mode": "dual"}, "encoder_mode: the towers of a dual encod"),
     (
         {"ddp_static_graph": True, "use_gradient_cache": True},
         "ddp_static_graph: does not work with use_gradient_cache: true",
@@ -227,6 +233,9 @@ SOUND = [
     {"max_steps": 5, "warmup_steps": 5},
     {"mixed_precision": "fp16"},
     {"mixed_precision": "bf16", "device": "cpu"},
+    {"pooling_method": "none", "loss_type": "maxsim", "normalize_embeddings": True},
+    {"pooling_method": "none", "loss_type": "package.module:Name"},
+    {"loss_type": "colbert"},
     {"ddp_static_graph": True},
     {"num_processes": 2, "distributed_strategy": "fsdp2", "mixed_precision": "bf16"},
 ]
