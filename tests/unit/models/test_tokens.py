@@ -12,7 +12,13 @@ from sentence_transformers import MultiVectorEncoder
 from transformers import AutoModel, AutoTokenizer
 
 from tests.tiny import PAIRS
-from tests.unit.models.families import family_path, items
+from tests.unit.models.families import (
+    FLOAT32_INSIDE,
+    family_path,
+    gradients,
+    items,
+    make_trainer,
+)
 from vembed.errors import CheckpointError, ConfigError
 from vembed.inference import Predictor, encode_items
 from vembed.models import compose_encoder, load_encoder
@@ -118,6 +124,25 @@ def test_a_vision_language_model_is_read_by_sentence_transformers(tmp_path):
     for text in TEXTS[:3]:  # one by one: another padding rounds in another way
         ours = list(encode_items(encoder, [Item(text)], role="document"))
         assert_same(ours, theirs.encode_document([text], convert_to_numpy=True))
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"), [("qwen3_vl", "t2i"), ("llava", "t2m"), ("vit", "i2i")]
+)
+def test_cached_gradients_are_the_plain_ones(family, mode, tmp_path):
+    """Of chunks of one item, each with as many tokens as it has."""
+    settings = {"pooling_method": "none", "projection_dim": 8, "loss_type": "maxsim"}
+    cached = {"use_gradient_cache": True, "gradient_cache_chunk_size": 1}
+    plain, again = (
+        gradients(make_trainer(family_path(family), mode, tmp_path, **settings, **extra))
+        for extra in ({}, cached)
+    )
+    assert plain.keys() == again.keys()
+    largest = max(float(grad.abs().max()) for grad in plain.values())
+    assert largest > 1e-3
+    tolerance = 1e-4 if family in FLOAT32_INSIDE else 1e-12
+    for name, grad in plain.items():
+        assert (grad - again[name]).abs().max() <= tolerance * largest, name
 
 
 # --- what does not fit
