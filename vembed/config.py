@@ -44,7 +44,7 @@ RUN_REQUIRES = ("model_name", "data_path")
 """Settings without a default that a whole run needs."""
 
 PoolingMethod = Literal[
-    "cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last_token", "pooler"
+    "cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last_token", "pooler", "none"
 ]
 TorchDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Tracker = Literal["wandb", "tensorboard", "swanlab"]
@@ -207,8 +207,8 @@ class TrainConfig(BaseModel):
     )
     pooling_method: PoolingMethod | None = Field(
         None,
-        description="Tokens to one vector, pooler being the model's own head; null takes the "
-        "checkpoint's own",
+        description="Tokens to one vector, pooler being the model's own head; none keeps a vector "
+        "for each (loss_type: maxsim); null takes the checkpoint's own",
     )
     normalize_embeddings: bool | None = Field(
         None, description="Unit-length vectors; null takes the checkpoint's own"
@@ -340,7 +340,9 @@ class TrainConfig(BaseModel):
 
     # --- loss
     loss_type: str = Field(
-        "infonce", description="infonce, sigmoid, cosent, supcon, or package.module:Name"
+        "infonce",
+        description="infonce, sigmoid, cosent, supcon, maxsim (also called colbert), or "
+        "package.module:Name",
     )
     loss_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of the loss"
@@ -639,6 +641,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_model_conflicts(config),
         *_composed_conflicts(config),
         *_lora_conflicts(config),
+        *_token_conflicts(config),
         *_data_conflicts(config),
         *_validation_conflicts(config),
         *_optimisation_conflicts(config),
@@ -705,6 +708,40 @@ def _composed_conflicts(config: TrainConfig) -> Iterator[Problem]:
             yield Problem(
                 (key, given[0]), f"is about one model, but {given[0]} names one of two. Remove it"
             )
+
+
+_POOLED_LOSSES = ("infonce", "sigmoid", "cosent", "supcon")
+_TOKEN_LOSSES = ("maxsim", "colbert")
+
+
+def _token_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    """What needs one vector per item, beside settings that keep one for each token."""
+    keeps = config.pooling_method == "none"
+    if keeps and config.loss_type in _POOLED_LOSSES:
+        yield Problem(
+            ("loss_type", "pooling_method"),
+            f"{config.loss_type} compares one vector for each item, but pooling_method none keeps "
+            f"one for each token. Set loss_type: {_TOKEN_LOSSES[0]}",
+        )
+    if config.pooling_method not in (None, "none") and config.loss_type in _TOKEN_LOSSES:
+        yield Problem(
+            ("loss_type", "pooling_method"),
+            f"{config.loss_type} compares a vector for each token, but pooling_method "
+            f"{config.pooling_method} leaves one for each item. Set pooling_method: none",
+        )
+    if not keeps and config.loss_type not in _TOKEN_LOSSES:
+        return
+    for key, clashes, rule in (
+        ("normalize_embeddings", config.normalize_embeddings is False,
+         "MaxSim adds up cosines, so vectors of tokens have unit length. Remove it"),
+        ("teacher_model_name", config.teacher_model_name is not None,
+         "distillation compares one vector for each item, not one for each token. Remove it"),
+        ("encoder_mode", config.encoder_mode in ("dual", "composed"),
+         f"the towers of a {config.encoder_mode} encoder meet in one vector. Use text, vision or "
+         "vlm, or a pooling_method other than none with loss_type: infonce"),
+    ):  # fmt: skip
+        if clashes:
+            yield Problem((key, "pooling_method", "loss_type"), rule)
 
 
 def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ import pytest
 
 from vembed.cli import main
 from vembed.inference import Predictor
+from vembed.models import load_encoder
 
 TEXTS = ["red apple", "deep blue ocean", "red apple", "the old king"]
 
@@ -137,3 +138,40 @@ def test_mistakes_leave_no_file(tmp_path, tiny_st_path, capsys, row):
     assert main(["encode", *fixed, *options]) == 2
     assert message in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir() if file != path] == []
+
+
+# --- a vector for each token
+
+
+@pytest.fixture(scope="module")
+def late_path(tiny_bert_path, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("late")
+    encoder = load_encoder(str(tiny_bert_path), pooling_method="none", projection_dim=8)
+    encoder.save_pretrained(folder)
+    return folder
+
+
+def test_token_vectors_and_where_each_item_begins(late_path, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("vembed.cli.encode._WINDOW_ROWS", 3)
+    data, output = write(tmp_path / "rows.txt", "\n".join(TEXTS) + "\n"), tmp_path / "out.npz"
+    command = ["encode", "--model", str(late_path), "--data", str(data), "--output", str(output)]
+    assert main([*command, "--device", "cpu"]) == 0
+    expected = Predictor(late_path, device="cpu").encode(TEXTS)
+    with np.load(output) as found:
+        vectors, offsets = found["vectors"], found["offsets"]
+    assert vectors.dtype == np.float32
+    assert offsets.tolist() == [0, *np.cumsum([len(array) for array in expected])]
+    for row, array in enumerate(expected):
+        np.testing.assert_allclose(vectors[offsets[row] : offsets[row + 1]], array, atol=2e-6)
+    assert f"{len(vectors)} x 8 float32, of 4 rows" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.txt", "out.npz", "out.ids.txt"}
+
+
+def test_the_file_fits_the_model(late_path, tiny_st_path, tmp_path, capsys):
+    data = write(tmp_path / "rows.txt", "red\n")
+    for path, ending, fits in [(late_path, ".npy", ".npz"), (tiny_st_path, ".npz", ".npy")]:
+        output = tmp_path / f"out{ending}"
+        command = ["encode", "--model", str(path), "--data", str(data), "--output", str(output)]
+        assert main([*command, "--device", "cpu"]) == 2
+        assert f"goes into a {fits} file" in capsys.readouterr().err
+        assert not output.exists()

@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import pytest
 
-from tests.numerics.test_gradient_parity import FAMILIES, failures, rows_for, towers
+from tests.numerics.test_gradient_parity import (
+    DISTINCT,
+    FAMILIES,
+    failures,
+    fitting,
+    rows_for,
+    towers,
+)
 from tests.tiny import PAIRS, write_rows
 from vembed.config import TrainConfig
-from vembed.losses import LOSSES
 from vembed.training import gradient_cache, trainer
 from vembed.training.verification.cases import (
     ACCUMULATION,
@@ -42,14 +48,14 @@ def verify(pair, tmp_path, request):
     def run(*variations, family="bert", loss="infonce", rows=None, scope=TWO, **settings):
         path = write_rows(tmp_path / "rows.jsonl", rows or rows_for(loss))
         model = request.getfixturevalue(f"tiny_{family}_path")
-        settings = {"loss_type": loss, **settings}
+        settings = {**fitting(loss), "loss_type": loss, **settings}
         config = TrainConfig(model_name=str(model), data_path=str(path), **settings)
         return verify_on(pair, config, scope, variations=variations)
 
     return run
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", DISTINCT)
 def test_every_loss_under_every_condition(verify, loss):
     verification = verify(*VARIATIONS, loss=loss)
     assert not failures(verification)

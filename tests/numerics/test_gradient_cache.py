@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from vembed.losses.late_interaction import MaxSimInfoNCE
 from vembed.training import gradient_cache
 from vembed.training.gradient_cache import GradientCache
 from vembed.training.objective import Embeddings, StepLoss
@@ -269,3 +270,45 @@ def test_out_of_memory_in_the_first_pass_backs_off_and_changes_no_gradient(doubl
 def test_one_item_that_does_not_fit_says_what_to_do(double):
     with pytest.raises(torch.OutOfMemoryError, match="max_seq_length"):
         cached_with_limit(ToyEncoder(), tokens=3, chunk_tokens=80)
+
+
+class TokenEncoder(ToyEncoder):
+    """A vector of length one for each token, zeros at padding."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = torch.tanh(self.layer(self.dropout(self.tokens(input_ids))))
+        unit = nn.functional.normalize(hidden, dim=-1)
+        return unit.masked_fill(attention_mask.unsqueeze(-1) == 0, 0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 7])
+@pytest.mark.parametrize("keep", [0, 2, "all"])
+def test_token_vectors_of_any_width(chunk_size, keep, double):
+    torch.manual_seed(0)
+    encoder = TokenEncoder(dropout=0.0)
+    criterion = MaxSimInfoNCE(temperature=0.2)
+    inputs, lengths = batch()
+
+    def objective(embeddings: Embeddings) -> StepLoss:
+        widths = {role: vectors.shape[1] for role, vectors in embeddings.items()}
+        assert widths == {role: max(of_role) for role, of_role in lengths.items()}
+        loss = criterion(**embeddings)
+        return StepLoss(loss, {"task": loss.detach()})
+
+    def step(cache: GradientCache) -> list[Tensor]:
+        encoder.zero_grad()
+        cache.backward(
+            encode=lambda inputs: encoder(**inputs),
+            inputs=inputs,
+            lengths=lengths,
+            objective=objective,
+            backward=torch.Tensor.backward,
+        )
+        return [p.grad.clone() for p in encoder.parameters()]
+
+    encoder.zero_grad()
+    objective({role: encoder(**of_role) for role, of_role in inputs.items()}).total.backward()
+    whole = [p.grad.clone() for p in encoder.parameters()]
+    cut = step(GradientCache(chunk_size=chunk_size, keep=keep))
+    assert difference(cut, whole) <= TOLERANCE
+    assert max(float(grad.abs().max()) for grad in whole) > 1e-3

@@ -233,6 +233,12 @@ CONFLICTS = [
         {"streaming": True, "max_steps": 1, "holdout_ratio": 0, "max_train_samples": 5},
         "max_train_samples: a stream has no first rows",
     ),
+    ({"pooling_method": "none"}, "loss_type: infonce compares one vector for each item"),
+    ({"pooling_method": "none", "loss_type": "cosent"}, "loss_type: cosent compares one vector"),
+    ({"pooling_method": "cls", "loss_type": "colbert"}, "loss_type: colbert compares a vector for"),
+    ({"loss_type": "maxsim", "normalize_embeddings": False}, "normalize_embeddings: MaxSim adds"),
+    ({"loss_type": "maxsim", "teacher_model_name": "x"}, "teacher_model_name: distillation comp"),
+    ({"loss_type": "maxsim", "encoder_mode": "dual"}, "encoder_mode: the towers of a dual encod"),
     (
         {"ddp_static_graph": True, "use_gradient_cache": True},
         "ddp_static_graph: does not work with use_gradient_cache: true",
@@ -289,6 +295,9 @@ SOUND = [
     {"ddp_static_graph": True, "freeze": ["a"]},
     {"use_lora": True, "use_dora": True, "use_rslora": True, "lora_quantization": "4bit"},
     {"max_steps": 5, "unfreeze_at_step": {"a": 4}},
+    {"pooling_method": "none", "loss_type": "maxsim", "normalize_embeddings": True},
+    {"pooling_method": "none", "loss_type": "package.module:Name"},
+    {"loss_type": "colbert"},
     {"num_processes": 2, "distributed_strategy": "fsdp2", "mixed_precision": "bf16"},
 ]
 REQUIRED = {"model_name": "m", "data_path": "d"}

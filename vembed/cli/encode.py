@@ -1,4 +1,4 @@
-"""`vembed encode`: the rows of a file to vectors in a .npy file, with their ids beside it."""
+"""`vembed encode`: the rows of a file to vectors in one file, with their ids beside it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vembed.cli.terminal import progress_bar
@@ -17,9 +18,12 @@ from vembed.modes import MODALITIES, MULTIMODAL, TEXT, Item
 
 if TYPE_CHECKING:
     from vembed.data.cells import CellReader
+    from vembed.inference import Predictor
 
 ID_COLUMNS = ("_id", "id")
 """Columns that name a row unless `--id_column` does."""
+
+ARRAY_FILE, TOKENS_FILE = ".npy", ".npz"
 
 # Rows read, encoded and written at a time: what is held in memory does not grow with the file.
 _WINDOW_ROWS = 8192
@@ -41,16 +45,19 @@ def main(argv: list[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     output = Path(arguments.output)
-    if output.suffix != ".npy":
-        raise ConfigError(f"--output: expected a name that ends in .npy. Received: {str(output)!r}")
+    if output.suffix not in (ARRAY_FILE, TOKENS_FILE):
+        raise ConfigError(
+            f"--output: expected a name that ends in {ARRAY_FILE}, or in {TOKENS_FILE} for a model "
+            f"that gives a vector for each token. Received: {str(output)!r}"
+        )
     if not output.parent.is_dir():
         raise ConfigError(f"--output: there is no folder {str(output.parent)!r}")
     # All rows once before the model is loaded: a broken row shows in seconds, not after hours.
     ids_path = output.with_suffix(".ids.txt")
     with _replacing(ids_path) as ids_part, _replacing(output) as vectors_part:
         count = _write_ids(_read_rows(arguments), ids_part, arguments.data)
-        shape = _write_vectors(_read_rows(arguments), vectors_part, count, arguments)
-    sys.stdout.write(f"{output}: {shape[0]:,} x {shape[1]} float32; ids: {ids_path}\n")
+        written = _write_vectors(_read_rows(arguments), vectors_part, count, arguments)
+    sys.stdout.write(f"{output}: {written}; ids: {ids_path}\n")
     return 0
 
 
@@ -59,13 +66,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="vembed encode",
         allow_abbrev=False,
         description="Turn texts or images into vectors. Row k of the .npy belongs to line k of the "
-        "ids.",
+        "ids. A model that gives a vector for each token needs a .npz: of item k, those are "
+        "vectors[offsets[k]:offsets[k + 1]].",
     )
     add = parser.add_argument
     add("--model", required=True, help="folder, package:NAME[/subdir] or hub id")
     add("--data", required=True, help=".jsonl, .csv, .tsv, .parquet, shards-*.tar, or .txt with a "
         "text or the path of an image per line")  # fmt: skip
-    add("--output", required=True, help="file to write, .npy; the ids go to .ids.txt beside it")
+    add(
+        "--output",
+        required=True,
+        help="file to write, .npy or .npz; the ids go to .ids.txt beside it",
+    )
     add("--modality", choices=list(MODALITIES), default=TEXT,
         help="what a row is: t text (the default), i image, m both")  # fmt: skip
     add("--column", default="text", help="column that holds the text (default: text)")
@@ -202,29 +214,74 @@ def _write_ids(rows: Iterator[ItemRow], path: Path, data: str) -> int:
 
 def _write_vectors(
     rows: Iterator[ItemRow], path: Path, count: int, arguments: argparse.Namespace
-) -> tuple[int, int]:
+) -> str:
+    """Encode `count` rows; returns what was written, in words."""
     # After all rows are read, because it imports torch.
-    import numpy as np
-
-    from vembed.inference import Predictor, encode_items
+    from vembed.inference import Predictor
+    from vembed.models.checkpoint_format import NO_POOLING
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ConfigError(f"--batch_size: must be at least 1. Received: {arguments.batch_size}")
     predictor = Predictor(arguments.model, device=arguments.device)
-    shape = (count, predictor.embedding_dim)
-    vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    keeps_tokens = predictor.encoder.pooling_method == NO_POOLING
+    fitting = TOKENS_FILE if keeps_tokens else ARRAY_FILE
+    if Path(arguments.output).suffix != fitting:
+        given = "a vector for each token" if keeps_tokens else "one vector for each item"
+        raise ConfigError(
+            f"--output: {arguments.model!r} gives {given}, which goes into a {fitting} file. "
+            f"Received: {arguments.output!r}"
+        )
+    write = _write_tokens if keeps_tokens else _write_array
     with progress_bar("encoding", count) as advance:
-        done = 0
-        while window := list(islice(rows, _WINDOW_ROWS)):
-            vectors[done : done + len(window)] = encode_items(
-                predictor.encoder,
-                [row.item for row in window],
-                role=arguments.role,
-                prompt=arguments.prompt,
-                normalize=arguments.normalize,
-                max_items=arguments.batch_size,
-                progress=advance,
-            )
-            done += len(window)
+        return write(_encode_windows(rows, predictor, arguments, advance), path, count)
+
+
+def _encode_windows(
+    rows: Iterator[ItemRow], predictor: Predictor, arguments: argparse.Namespace, advance: Any
+) -> Iterator[Any]:
+    """The vectors of some rows at a time."""
+    from vembed.inference import encode_items
+
+    while window := list(islice(rows, _WINDOW_ROWS)):
+        yield encode_items(
+            predictor.encoder,
+            [row.item for row in window],
+            role=arguments.role,
+            prompt=arguments.prompt,
+            normalize=arguments.normalize,
+            max_items=arguments.batch_size,
+            progress=advance,
+        )
+
+
+def _write_array(windows: Iterator[Any], path: Path, count: int) -> str:
+    import numpy as np
+
+    first = next(windows)
+    shape = (count, first.shape[1])
+    vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    done = 0
+    for window in chain([first], windows):
+        vectors[done : done + len(window)] = window
+        done += len(window)
     vectors.flush()
-    return shape
+    return f"{shape[0]:,} x {shape[1]} float32"
+
+
+def _write_tokens(windows: Iterator[Any], path: Path, count: int) -> str:
+    """Write `vectors` `[S, D]` and `offsets` `[count + 1]`, uncompressed."""
+    import numpy as np
+
+    # The number of vectors, which an array's header says, is known at the end only.
+    lengths = []
+    with TemporaryFile(dir=path.parent) as raw:
+        for window in windows:
+            window.flat_SD.tofile(raw)
+            lengths.append(window.lengths)
+            size = window.flat_SD.shape[1]
+        offsets = np.concatenate([[0], np.concatenate(lengths).cumsum()]).astype(np.int64)
+        shape = (int(offsets[-1]), size)
+        vectors = np.memmap(raw, dtype=np.float32, mode="r", shape=shape)
+        with path.open("wb") as file:
+            np.savez(file, vectors=vectors, offsets=offsets)
+    return f"{shape[0]:,} x {size} float32, of {count:,} rows"

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from vembed.errors import VembedError
 from vembed.evaluation.search import Neighbours
 from vembed.modes import Item
+from vembed.token_vectors import TokenVectors, Vectors
 
 Role = Literal["query", "document"]
-Encode = Callable[[Sequence[Item], Role], NDArray[np.float32]]
-"""Items and their role to vectors `[n, D]`, in the order of the items."""
+Encode = Callable[[Sequence[Item], Role], Vectors]
+"""Items and their role to vectors `[n, D]`, or token vectors, in the order of the items."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,25 @@ def mean_result(
     return EvalResult(task, items, headline, metrics, dict(per_item), rankings)
 
 
-def encode_checked(encode: Encode, items: Sequence[Item], role: Role) -> NDArray[np.float32]:
+def encode_checked(encode: Encode, items: Sequence[Item], role: Role) -> Vectors:
     """Encode, and refuse what cannot be ranked.
 
     Raises:
         VembedError: if there is not one row per item, or a vector holds NaN or infinity.
     """
-    vectors = np.ascontiguousarray(encode(items, role), dtype=np.float32)
-    if vectors.ndim != 2 or len(vectors) != len(items):
+    vectors = encode(items, role)
+    if isinstance(vectors, TokenVectors):
+        shape, finite_S = [len(vectors)], np.isfinite(vectors.flat_SD).all(axis=1)
+        broken = np.searchsorted(vectors.offsets, np.flatnonzero(~finite_S), side="right") - 1
+        broken = np.unique(broken)
+    else:
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        shape, broken = list(vectors.shape), np.flatnonzero(~np.isfinite(vectors).all(axis=-1))
+    if shape[:1] != [len(items)] or (len(shape) != 2 and not isinstance(vectors, TokenVectors)):
         raise VembedError(
             f"evaluation: encode must give one row per item, [{len(items)}, D]. "
-            f"Received: shape {list(vectors.shape)}"
+            f"Received: shape {shape}"
         )
-    broken = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
     if len(broken):
         shown = repr(str(items[broken[0]])[:80])
         raise VembedError(

@@ -30,7 +30,7 @@ RETRIEVAL_METRICS = (
 
 
 class RetrievalTask:
-    """Rank all documents by cosine for each query.
+    """Rank all documents for each query, by cosine or, of token vectors, MaxSim.
 
     A document whose id is the query's own id is no candidate for that query (the rule of BEIR's
     evaluation), unless it is judged relevant to it: then the ids are two separate numberings.

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by cosine, in blocks of queries: never an N x N matrix.
+"""Exact nearest neighbours by cosine or MaxSim, in blocks of queries: never an N x N matrix.
 
 # Shapes: Q queries, q queries of one block, N documents, D size, K documents kept per query
 """
@@ -13,11 +13,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vembed.errors import VembedError
+from vembed.token_vectors import TokenVectors, Vectors, max_sim, paired_max_sim
+
 # Cosines this close are a tie: more than rounding makes of equal vectors, less than means
 # something.
 TIE = 1e-6
 _BLOCK_ENTRIES = 2**22  # similarities held at once: 32 MB
 _BLOCK_QUERIES = 16  # at least: with fewer, reading a large corpus takes longer than computing
+_TWO_KINDS = (
+    "evaluation: encode must give one vector per item for queries and documents, or token vectors "
+    "for both. Received: one of each"
+)
 _DOCUMENTS = 2**14  # documents held in float64 at once
 
 
@@ -56,43 +63,60 @@ class Judgements:
 
 
 def find_neighbours(
-    queries_QD: NDArray[np.float32],
-    documents_ND: NDArray[np.float32],
+    queries: Vectors,
+    documents: Vectors,
     judge: Callable[[range], Judgements],
     *,
     depth: int,
 ) -> Neighbours:
-    """Rank all documents for every query by cosine and keep the first `depth`.
+    """Rank all documents for every query and keep the first `depth`.
+
+    By cosine, or of token vectors by MaxSim, as the mean over a query's tokens.
 
     Args:
-        queries_QD: Query vectors, of any length.
-        documents_ND: Document vectors, of any length.
+        queries: Q query vectors, of any length.
+        documents: N document vectors, of any length.
         judge: Judgements of a range of queries, asked for block by block.
         depth: Documents kept per query (K is smaller when there are fewer documents).
     """
-    count = len(documents_ND)
+    count = len(documents)
     kept = min(depth, count)
     found = Neighbours(
-        documents_QK=np.full((len(queries_QD), kept), -1, dtype=np.int64),
-        cosines_QK=np.zeros((len(queries_QD), kept), dtype=np.float32),
-        right_document_Q=np.full(len(queries_QD), -1, dtype=np.int64),
-        right_rank_Q=np.zeros(len(queries_QD), dtype=np.int64),
+        documents_QK=np.full((len(queries), kept), -1, dtype=np.int64),
+        cosines_QK=np.zeros((len(queries), kept), dtype=np.float32),
+        right_document_Q=np.full(len(queries), -1, dtype=np.int64),
+        right_rank_Q=np.zeros(len(queries), dtype=np.int64),
     )
-    for block in _blocks(len(queries_QD), count):
+    for block in _blocks(len(queries), count):
         judgements = judge(block)
-        cosines_qN = _cosines(queries_QD[block.start : block.stop], documents_ND)
+        cosines_qN = _similarities(queries[block.start : block.stop], documents)
         keys_qN = _sort_keys(cosines_qN, judgements)
         _keep_best(keys_qN, block, found)
         _place_right_document(keys_qN, block, judgements, found)
     return found
 
 
-def paired_cosines(
-    first_ND: NDArray[np.float32], second_ND: NDArray[np.float32]
-) -> NDArray[np.float64]:
-    """Cosine of row i of one side with row i of the other; a zero vector is near nothing."""
-    cosines = (_unit_rows(first_ND) * _unit_rows(second_ND)).sum(1)
+def paired_cosines(first: Vectors, second: Vectors) -> NDArray[np.float64]:
+    """Cosine (or MaxSim) of item i of both sides; a zero vector is near nothing.
+
+    Raises:
+        VembedError: if one side is token vectors and the other is not.
+    """
+    if isinstance(first, TokenVectors) and isinstance(second, TokenVectors):
+        return paired_max_sim(first, second)
+    if isinstance(first, TokenVectors) or isinstance(second, TokenVectors):
+        raise VembedError(_TWO_KINDS)
+    cosines = (_unit_rows(first) * _unit_rows(second)).sum(1)
     return np.asarray(cosines.numpy())
+
+
+def _similarities(queries: Vectors, documents: Vectors) -> Tensor:
+    """`[q, N]`, in float64."""
+    if isinstance(queries, TokenVectors) and isinstance(documents, TokenVectors):
+        return torch.from_numpy(max_sim(queries, documents))
+    if isinstance(queries, TokenVectors) or isinstance(documents, TokenVectors):
+        raise VembedError(_TWO_KINDS)
+    return _cosines(queries, documents)
 
 
 def _unit_rows(rows_ND: NDArray[np.float32]) -> Tensor:

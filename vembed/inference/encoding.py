@@ -1,6 +1,6 @@
 """Encode any number of items: each distinct one once, in chunks of similar length, in input order.
 
-# Shapes: n items, D embedding size
+# Shapes: n items, T_i tokens of item i, D embedding size
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from vembed.chunking import (
 )
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
+from vembed.token_vectors import TokenVectors, Vectors, join_vectors
 
 # Items tokenised together: enough for a chunk to find items of its own length, and few enough that
 # a corpus of any size never needs more memory for token ids than these.
@@ -44,7 +45,7 @@ def encode_items(
     device: torch.device | str | None = None,
     autocast_dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
-) -> npt.NDArray[np.float32]:
+) -> Vectors:
     """Embed `items` without gradients, in eval mode; the encoder's modes are restored afterwards.
 
     Args:
@@ -60,17 +61,17 @@ def encode_items(
         progress: Called after each chunk with the number of further `items` that are done.
 
     Returns:
-        `[n, D]`, in the order of `items`.
+        `[n, D]`, in the order of `items`; of an encoder that keeps tokens, `[T_i, D]` of each item.
     """
     where = next(encoder.parameters()).device if device is None else torch.device(device)
     copies = Counter(items)
     # Longest first, so that memory runs out at once or not at all. Characters stand in for tokens
     # until a window is tokenised.
     distinct = sorted(copies, key=lambda item: (_kind(item), -len(item.text or "")))
-    vectors = np.empty((len(distinct), encoder.embedding_dim), dtype=np.float32)
+    parts: list[Vectors] = []
+    encoded: list[Item] = []
     autocast = torch.autocast(where.type, autocast_dtype, enabled=autocast_dtype is not None)
     with eval_mode(encoder), torch.no_grad(), autocast:
-        done = 0
         for window in _windows(distinct):
             prompts = None if prompt is None else [prompt] * len(window)
             inputs = encoder.processor(window, role=role, prompts=prompts)
@@ -88,13 +89,21 @@ def encode_items(
                 outputs.append(encoder(normalize=normalize, **on_device).float())
                 if progress is not None:
                     progress(sum(copies[window[row]] for row in rows))
-            order = [done + row for rows in chunks for row in rows]
-            done += len(window)
-            # One copy from the device per window: copying each chunk would make the device wait for
-            # the host.
-            vectors[order] = torch.cat(outputs).cpu().numpy()
-    position = {item: i for i, item in enumerate(distinct)}
-    return vectors[[position[item] for item in items]]
+            encoded += [window[row] for rows in chunks for row in rows]
+            parts.append(_to_host(outputs))
+    position = {item: i for i, item in enumerate(encoded)}
+    vectors = join_vectors(parts) if parts else np.empty((0, encoder.embedding_dim), np.float32)
+    return vectors[np.asarray([position[item] for item in items], dtype=np.int64)]
+
+
+def _to_host(outputs: list[Tensor]) -> Vectors:
+    """What the chunks of a window gave, one after the other."""
+    if outputs[0].dim() == 3:
+        # Chunk by chunk, because together they would be padded to the longest item.
+        return join_vectors([TokenVectors.from_padded(output) for output in outputs])
+    # One copy from the device: copying each chunk would make the device wait for the host.
+    vectors: npt.NDArray[np.float32] = torch.cat(outputs).cpu().numpy()
+    return vectors
 
 
 def _kind(item: Item) -> tuple[bool, bool]:

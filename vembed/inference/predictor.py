@@ -17,11 +17,17 @@ from vembed.inference.encoding import encode_items
 from vembed.models import load_encoder
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
+from vembed.token_vectors import TokenVectors, Vectors, max_sim
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Vectors = npt.NDArray[np.float32]
+Encoded = npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
+"""`[n, D]`; of a model that keeps a vector for each token, an array `[T_i, D]` for each item."""
+
+Side = str | Sequence[str] | npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
+"""Of a similarity: a text, texts, or what `Predictor.encode` gave."""
+
 ImageLike = Union["str | Path | Image", ImageSource]
 
 
@@ -71,7 +77,7 @@ class Predictor:
         batch_size: int | None = None,
         normalize: bool | None = None,
         prompt: str | None = None,
-    ) -> Vectors:
+    ) -> Encoded:
         """Embed texts, or items with an image.
 
         Args:
@@ -83,7 +89,8 @@ class Predictor:
             prompt: Text put before each instead of the role's; `""` for none.
 
         Returns:
-            `[n, D]` float32, two-dimensional for a single text too.
+            `[n, D]` float32, two-dimensional for a single text too; of a model that keeps a vector
+            for each token, a list of n arrays `[T_i, D]`.
 
         Raises:
             DataError: if an input is neither a text nor an Item, or gives no token.
@@ -93,7 +100,7 @@ class Predictor:
             raise ConfigError(f"role: expected 'query', 'document' or None. Received: {role!r}")
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size: expected at least 1. Received: {batch_size}")
-        return encode_items(
+        vectors = encode_items(
             self.encoder,
             _as_items(inputs),
             role=role,
@@ -102,12 +109,13 @@ class Predictor:
             max_items=batch_size,
             chunk_tokens=DEFAULT_CHUNK_TOKENS if batch_size is None else None,
         )
+        return list(vectors) if isinstance(vectors, TokenVectors) else vectors
 
-    def encode_text(self, texts: str | Sequence[str], **options: Any) -> Vectors:
+    def encode_text(self, texts: str | Sequence[str], **options: Any) -> Encoded:
         """`encode` under the name that says text; `options` are its keyword arguments."""
         return self.encode(texts, **options)
 
-    def encode_image(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Vectors:
+    def encode_image(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Encoded:
         """Embed images.
 
         Args:
@@ -120,11 +128,11 @@ class Predictor:
         listed: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         return self.encode([Item(image=as_image_source(image)) for image in listed], **options)
 
-    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Vectors:
+    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Encoded:
         """`encode` in the role of queries; `options` are its keyword arguments."""
         return self.encode(texts, role="query", **options)
 
-    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Vectors:
+    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Encoded:
         """`encode` in the role of documents; `options` are its keyword arguments."""
         return self.encode(texts, role="document", **options)
 
@@ -134,32 +142,52 @@ class Predictor:
 
     def similarity(
         self,
-        a: str | Sequence[str] | npt.NDArray[Any],
-        b: str | Sequence[str] | npt.NDArray[Any],
-    ) -> Vectors:
+        a: Side,
+        b: Side,
+    ) -> npt.NDArray[np.float32]:
         """Cosine similarities `[n, m]` of n and m texts or vectors.
 
+        Of a model that keeps a vector for each token: MaxSim of queries `a` and documents `b`, as
+        the mean over a query's tokens.
+
+        Args:
+            a: Texts, or what `encode` gave.
+            b: The same.
+
         Raises:
-            DataError: if the vectors of the two sides differ in size.
+            DataError: if the vectors of the two sides differ in size or kind.
         """
         left, right = self._unit_vectors(a), self._unit_vectors(b)
-        if left.shape[1] != right.shape[1]:
+        shapes = [_size_of(side) for side in (left, right)]
+        if shapes[0] != shapes[1]:
             raise DataError(
-                f"similarity: both sides need vectors of one size. "
-                f"Received: {left.shape} and {right.shape}"
+                f"similarity: both sides need vectors of one size and kind. "
+                f"Received: {' and '.join(shapes)}"
             )
-        return left @ right.T
+        if isinstance(left, TokenVectors) and isinstance(right, TokenVectors):
+            return max_sim(left, right).astype(np.float32)
+        scores: npt.NDArray[np.float32] = np.asarray(left) @ np.asarray(right).T
+        return scores
 
-    def _unit_vectors(self, side: str | Sequence[str] | npt.NDArray[Any]) -> Vectors:
+    def _unit_vectors(self, side: Side) -> Vectors:
         if not isinstance(side, np.ndarray):
-            return self.encode(side, normalize=True)
-        vectors: Vectors = np.atleast_2d(side).astype(np.float32)
+            listed: list[Any] = [side] if isinstance(side, str) else list(side)
+            if not listed or not all(isinstance(entry, np.ndarray) for entry in listed):
+                return encode_items(self.encoder, _as_items(listed), role=None, normalize=True)
+            return TokenVectors.from_arrays(listed)
+        vectors: npt.NDArray[np.float32] = np.atleast_2d(side).astype(np.float32)
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
-        unit: Vectors = vectors / np.maximum(length, np.finfo(np.float32).tiny)
+        unit: npt.NDArray[np.float32] = vectors / np.maximum(length, np.finfo(np.float32).tiny)
         return unit
 
 
-def _as_items(inputs: str | Item | Sequence[str | Item]) -> list[Item]:
+def _size_of(side: Vectors) -> str:
+    if isinstance(side, TokenVectors):
+        return f"size {side.flat_SD.shape[1]}, one for each token"
+    return f"size {side.shape[1]}"
+
+
+def _as_items(inputs: Any) -> list[Item]:
     listed = [inputs] if isinstance(inputs, str | Item) else list(inputs)
     for i, entry in enumerate(listed):
         if not isinstance(entry, str | Item):

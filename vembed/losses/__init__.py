@@ -17,8 +17,10 @@ LOSSES = {
     "sigmoid": "vembed.losses.sigmoid:PairwiseSigmoid",
     "cosent": "vembed.losses.cosent:CoSENT",
     "supcon": "vembed.losses.supcon:SupervisedContrastive",
+    "maxsim": "vembed.losses.late_interaction:MaxSimInfoNCE",
+    "colbert": "vembed.losses.late_interaction:MaxSimInfoNCE",
 }
-"""Losses by the name that `loss_type` takes."""
+"""Losses by the name that `loss_type` takes; maxsim and colbert are one."""
 
 DISTILLATION_LOSSES = {"similarity_kl": "vembed.losses.distillation:SimilarityKL"}
 """Distillation losses by name."""
@@ -33,12 +35,15 @@ class Criterion(Protocol):
     `ids_negative` `[K]` (equal ids are equal contents), `labels` `[B]`, `scores` `[B]`,
     `teacher_scores` `[B, ...]`. Rows of positives and negatives are in the order of their queries.
 
+    Models that keep a vector for each token give `[B, T, D]` and so on, see `vembed.token_vectors`.
+
     It returns a scalar whose mean over processes is the loss of the global batch: for a loss of one
     number per row, `vembed.distributed.global_mean` of them, which counts every row once also where
     processes have unequally many. A loss that looks at other rows gathers them with `gather_rows`.
 
-    Two things are read from it if it has them: `required_fields`, the row fields without which it
-    cannot work, and the method `clamp()`, called after each optimizer step.
+    Three things are read from it if it has them: `required_fields`, the row fields without which it
+    cannot work, `takes_tokens`, whether embeddings must be token vectors or must not, and the
+    method `clamp()`, called after each optimizer step.
 
     The smallest valid one, usable as `loss_type: my_losses:cosine_distance`:
 
@@ -166,6 +171,31 @@ def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
         f"{', '.join(sorted(fields))}. Losses that fit these rows: {', '.join(fitting) or 'none'}. "
         "If a column has another name, name it in column_mapping"
     )
+
+
+def check_embeddings(criterion: Criterion, *, tokens: bool) -> None:
+    """Check that a loss takes what the encoder gives.
+
+    Args:
+        criterion: A loss; one without `takes_tokens` fits any encoder.
+        tokens: Whether it is a vector for each token.
+
+    Raises:
+        ConfigError: naming the built-in losses that fit the encoder.
+    """
+    takes_tokens = getattr(criterion, "takes_tokens", tokens)
+    if takes_tokens == tokens:
+        return
+    fitting = [n for n in LOSSES if resolve("loss_type", n, LOSSES).takes_tokens == tokens]
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    raise ConfigError(
+        f"loss_type: {name} compares {_KINDS[takes_tokens]}. Received: a model that gives "
+        f"{_KINDS[tokens]}. Losses that fit it: {', '.join(fitting)}; or set pooling_method: "
+        + ("none" if takes_tokens else "mean, or another that gives one vector")
+    )
+
+
+_KINDS = {True: "a vector for each token", False: "one vector for each item"}
 
 
 def _required_fields(criterion: Any) -> frozenset[str]:

@@ -22,6 +22,7 @@ class CoSENT(nn.Module):
     """
 
     required_fields = frozenset({"positive", "score"})
+    takes_tokens = False
 
     def __init__(self, temperature: float = 0.05) -> None:
         """Assign and check.

@@ -1,7 +1,8 @@
 """The queries and documents of all processes, and which belong together.
 
 # Shapes: B queries, M positives and K hard negatives on this process, D size;
-# Q queries, P positives and C documents (positives and hard negatives) of all processes
+# Q queries, P positives and C documents (positives and hard negatives) of all processes. Where
+# embeddings are token vectors, D stands for tokens x size.
 """
 
 from __future__ import annotations
@@ -22,21 +23,23 @@ from vembed.distributed import (
     process_index,
 )
 from vembed.errors import ConfigError, DataError
+from vembed.losses.comparison import COSINE, Comparison
 from vembed.losses.relevance import Relevance
-from vembed.losses.similarity import unit_rows
-from vembed.losses.tiling import finite
+from vembed.losses.tiling import finite, tiled_similarities
+from vembed.token_vectors import cat_items, pad_tokens
 
 _NO_ID = -1
 """Stands for a missing content id; content ids are never negative."""
 
 
 class _Sizes(NamedTuple):
-    """Rows of one process, and how many numbers it says about them."""
+    """Rows of one process, how many numbers it says about them, and the width of its documents."""
 
     queries: int
     positives: int
     negatives: int
     notes: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,14 @@ class GlobalBatch:
     """What a contrastive loss on this process needs to know of all processes.
 
     Attributes:
-        query_BD: This process's queries, of length one.
-        positive_MD: This process's positives, of length one.
-        documents_CD: Positives, then hard negatives, of each process in turn, of length one.
+        query_BD: This process's queries, as `comparison` takes them.
+        positive_MD: This process's positives.
+        documents_CD: Positives, then hard negatives, of each process in turn.
         owner_M: The query of each positive, as a row of `query_BD`.
         query_weight: Weight of each query in this process's loss. The mean over processes of the
             weighted sums is the mean over the queries of all processes.
         positive_weight_M: The same for a mean over each query's positives, then over queries.
+        comparison: What similarity is.
     """
 
     query_BD: Tensor
@@ -69,8 +73,17 @@ class GlobalBatch:
     owner_M: Tensor
     query_weight: float
     positive_weight_M: Tensor
+    comparison: Comparison
     _sizes: list[_Sizes]
     _ids: _Ids
+
+    def similarities(self, rows: slice) -> Tensor:
+        """Of some of this process's queries and all documents, without gradient: `[n, C]`."""
+        return tiled_similarities(self.query_BD[rows], self.documents_CD, self.comparison)
+
+    def own_similarities(self) -> Tensor:
+        """`[M]`, of each positive of this process and its query."""
+        return self.comparison.paired(self.query_BD[self.owner_M], self.positive_MD)
 
     def own_positives(self, values_C: Tensor) -> Tensor:
         """`[M]`, of one number per document the numbers of this process's positives."""
@@ -110,17 +123,20 @@ def gather_batch(
     ids_query: Tensor | None,
     ids_positive: Tensor | None,
     ids_negative: Tensor | None,
+    comparison: Comparison = COSINE,
 ) -> GlobalBatch:
     """Gather documents and ids. Collective: every process must call it.
 
     Args:
-        query: `[B, D]`, any length, any floating type.
+        query: `[B, D]`, any length, any floating type; or token vectors `[B, T, D]`, as are then
+            the documents, with a T of their own.
         positive: `[M, D]`, in the order of their queries.
         negative: `[K, D]`, or None when this process has none; other processes still may.
         counts_positive: `[B]` positives of each query; may be None when each has one.
         ids_query: `[B]` content ids: equal ids are the same query. None: all differ.
         ids_positive: `[M]` content ids of the positives. None: all differ.
         ids_negative: `[K]` content ids of the negatives. None: all differ.
+        comparison: What similarity is.
 
     Raises:
         ConfigError: if there are no positives.
@@ -142,14 +158,17 @@ def gather_batch(
             _ids_or_none(ids_negative, num_negatives, query.device),
         ]
     )
-    own = _Sizes(num_queries, num_positives, num_negatives, len(notes))
+    documents = positive if negative is None else cat_items([positive, negative])
+    own = _Sizes(num_queries, num_positives, num_negatives, len(notes), documents.shape[1])
     sizes = [_Sizes(*numbers) for numbers in gather_numbers(own, query.device)]
     # The one wait for the device in a loss: which pairs to mask decides the sizes of what follows.
     ids = _join_ids(gather_rows(notes, [size.notes for size in sizes]).cpu(), sizes)
 
-    query_BD = unit_rows(query)
+    query_BD = comparison.prepare_queries(query)
     # Together, so that a process without negatives takes part in the same collectives.
-    documents = unit_rows(positive if negative is None else torch.cat([positive, negative]))
+    documents = comparison.prepare_documents(
+        pad_tokens(documents, max(size.width for size in sizes))
+    )
     owner_M = torch.arange(num_queries, device=query.device).repeat_interleave(
         counts_positive, output_size=num_positives
     )
@@ -161,6 +180,7 @@ def gather_batch(
         owner_M=owner_M,
         query_weight=weight,
         positive_weight_M=weight / counts_positive[owner_M].to(query_BD.dtype),
+        comparison=comparison,
         _sizes=sizes,
         _ids=ids,
     )

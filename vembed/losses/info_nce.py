@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from vembed.losses.comparison import COSINE, Comparison
 from vembed.losses.global_batch import GlobalBatch, gather_batch, logsumexp_over_processes
 from vembed.losses.margins import Margins, find_limits
 from vembed.losses.similarity import (
@@ -48,9 +49,12 @@ class InfoNCE(nn.Module):
 
     Attributes:
         logit_scale: The parameter `log(1 / temperature)` when it is learned, else None.
+        comparison: What takes the place of the cosine.
     """
 
     required_fields = frozenset({"positive"})
+    takes_tokens = False
+    comparison: Comparison = COSINE
 
     def __init__(
         self,
@@ -117,12 +121,13 @@ class InfoNCE(nn.Module):
                 ids_query=ids_query,
                 ids_positive=ids_positive,
                 ids_negative=ids_negative,
+                comparison=self.comparison,
             )
             return self._loss(batch)
 
     def _loss(self, batch: GlobalBatch) -> Tensor:
         scale = similarity_scale(self.logit_scale, self.temperature, batch.query_BD)
-        similarity_M = (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1)
+        similarity_M = batch.own_similarities()
         own_M = scale * similarity_M
         how: dict[str, Any] = {
             "scale": scale,
@@ -131,6 +136,7 @@ class InfoNCE(nn.Module):
                 self.margins, batch, similarity_M, of_documents=self.bidirectional
             ),
             "tile_size": self.tile_size,
+            "comparison": self.comparison,
         }
         if not self.bidirectional:
             others_B = tiled_logsumexp(batch.query_BD, batch.documents_CD, **how)

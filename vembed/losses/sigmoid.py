@@ -38,6 +38,7 @@ class PairwiseSigmoid(nn.Module):
     """
 
     required_fields = frozenset({"positive"})
+    takes_tokens = False
     logit_bias: Tensor
 
     def __init__(
@@ -111,7 +112,7 @@ class PairwiseSigmoid(nn.Module):
             )
             scale = similarity_scale(self.logit_scale, self.temperature, batch.query_BD)
             bias = self.logit_bias.to(scale.dtype)
-            similarity_M = (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1)
+            similarity_M = batch.own_similarities()
             own_M = scale * similarity_M + bias
             others_B = tiled_softplus_sum(
                 batch.query_BD,

@@ -29,6 +29,7 @@ class SupervisedContrastive(nn.Module):
     """
 
     required_fields = frozenset({"label"})
+    takes_tokens = False
 
     def __init__(self, temperature: float = 0.05, tile_size: TileSize = "auto") -> None:
         """Assign and check.

@@ -4,7 +4,8 @@ The matrix is made a tile at a time, reduced, and made again in backward: memory
 number of rows plus columns, not with their product, and the result is exact (running log-sum-exp:
 Milakov and Gimelshein, 2018; recomputation as in FlashAttention: Dao et al., 2022).
 
-# Shapes: R rows, C columns, D size; r, c the rows and columns of a tile
+# Shapes: R rows, C columns, D size; r, c the rows and columns of a tile. Where rows and columns are
+# token vectors, D stands for tokens x size.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from vembed.errors import ConfigError
+from vembed.losses.comparison import COSINE, Comparison
 from vembed.losses.relevance import Relevance
 from vembed.losses.similarity import full_precision
 
@@ -106,6 +108,7 @@ def tiled_logsumexp(
     masked: Relevance,
     limits: Limits | None = None,
     tile_size: TileSize = "auto",
+    comparison: Comparison = COSINE,
 ) -> Tensor:
     """`log(sum_c exp(scale * row . column))` over each row's columns that count.
 
@@ -116,12 +119,15 @@ def tiled_logsumexp(
         masked: Pairs to leave out.
         limits: Similarities above which a pair is left out as well; None: no limits.
         tile_size: Rows and columns of a tile.
+        comparison: What similarity is; `row . column` above stands for it.
 
     Returns:
         `[R]`; -inf where every column is left out. Differentiable once, in rows, columns and scale.
     """
     factors = _Factors(rows_RD, columns_CD, scale, scale.new_zeros(()))
-    (totals_R,) = _reduce(factors, _LogSumExp(), masked, limits, tile_size, sides=1)
+    (totals_R,) = _reduce(
+        factors, _LogSumExp(), masked, limits, tile_size=tile_size, comparison=comparison, sides=1
+    )
     return totals_R
 
 
@@ -133,6 +139,7 @@ def tiled_logsumexp_both(
     masked: Relevance,
     limits: Limits | None = None,
     tile_size: TileSize = "auto",
+    comparison: Comparison = COSINE,
 ) -> LogSumExps:
     """`tiled_logsumexp` over columns and over rows, with the products of one of them.
 
@@ -140,7 +147,17 @@ def tiled_logsumexp_both(
     half the time of two calls, and the room of two tiles.
     """
     factors = _Factors(rows_RD, columns_CD, scale, scale.new_zeros(()))
-    return LogSumExps(*_reduce(factors, _LogSumExp(), masked, limits, tile_size, sides=2))
+    return LogSumExps(
+        *_reduce(
+            factors,
+            _LogSumExp(),
+            masked,
+            limits,
+            tile_size=tile_size,
+            comparison=comparison,
+            sides=2,
+        )
+    )
 
 
 def tiled_softplus_sum(
@@ -152,14 +169,32 @@ def tiled_softplus_sum(
     masked: Relevance,
     limits: Limits | None = None,
     tile_size: TileSize = "auto",
+    comparison: Comparison = COSINE,
 ) -> Tensor:
     """`sum_c log(1 + exp(scale * row . column + bias))` over the columns that count.
 
     As `tiled_logsumexp`, but 0 where every column is left out, and differentiable in `bias` too.
     """
     factors = _Factors(rows_RD, columns_CD, scale, bias)
-    (totals_R,) = _reduce(factors, _SoftplusSum(), masked, limits, tile_size, sides=1)
+    (totals_R,) = _reduce(
+        factors, _SoftplusSum(), masked, limits, tile_size=tile_size, comparison=comparison, sides=1
+    )
     return totals_R
+
+
+@torch.no_grad()
+def tiled_similarities(rows_RD: Tensor, columns_CD: Tensor, comparison: Comparison) -> Tensor:
+    """All similarities, `[R, C]`; those of tokens are held for a tile at a time."""
+    similarity_RC = rows_RD.new_empty(len(rows_RD), len(columns_CD))
+    itemsize = rows_RD.element_size() * comparison.entries(rows_RD, columns_CD)
+    height, width = tile_shape(len(rows_RD), len(columns_CD), itemsize, "auto")
+    nothing = rows_RD.new_zeros(())
+    for rows in _slices(len(rows_RD), height):
+        for columns in _slices(len(columns_CD), width):
+            tile_rc = rows_RD.new_empty(rows.stop - rows.start, columns.stop - columns.start)
+            comparison.compare(rows_RD[rows], columns_CD[columns], nothing, tile_rc)
+            similarity_RC[rows, columns] = tile_rc
+    return similarity_RC
 
 
 def check_tile_size(tile_size: TileSize) -> None:
@@ -180,13 +215,13 @@ def tile_shape(rows: int, columns: int, itemsize: int, tile_size: TileSize) -> t
     """Rows and columns of a tile: square, unless `auto` needs more rows to fill it."""
     if tile_size != "auto":
         return max(1, min(rows, tile_size)), max(1, min(columns, tile_size))
-    numbers = TILE_BYTES // itemsize
+    numbers = max(1, TILE_BYTES // itemsize)
     width = max(1, min(columns, math.isqrt(numbers)))
     return max(1, min(rows, numbers // width)), width
 
 
 class _Factors(NamedTuple):
-    """What makes the scores: `scale * rows @ columns.T + bias`."""
+    """What makes the scores: `scale * similarity(rows, columns) + bias`."""
 
     rows_RD: Tensor
     columns_CD: Tensor
@@ -202,11 +237,13 @@ class _Tile:
         rows: Which rows.
         columns: Which columns.
         room: `[r, c]` for each side. The last holds the scores, in the reduction's unit.
+        seen: What the comparison wants to know again for gradients.
     """
 
     rows: slice
     columns: slice
     room: tuple[Tensor, ...]
+    seen: Any
 
 
 @dataclass(frozen=True)
@@ -226,6 +263,7 @@ class _Tiling:
         masked: Pairs to leave out.
         limits: Of each side, scores above which pairs are left out as well; empty: no limits.
         tile_size: Rows and columns of a tile.
+        comparison: What similarity is.
         sides: 1: rows are reduced; 2: columns are reduced as well.
     """
 
@@ -233,12 +271,15 @@ class _Tiling:
     masked: Relevance
     limits: tuple[Tensor, ...]
     tile_size: TileSize
+    comparison: Comparison
     sides: int
 
     def tiles(self, factors: _Factors) -> Iterator[_Tile]:
         """Every tile, masked, row after row."""
         size = len(factors.rows_RD), len(factors.columns_CD)
-        height, width = tile_shape(*size, factors.rows_RD.element_size(), self.tile_size)
+        entries = self.comparison.entries(factors.rows_RD, factors.columns_CD)
+        itemsize = factors.rows_RD.element_size() * entries
+        height, width = tile_shape(*size, itemsize, self.tile_size)
         # The same room for all: fresh pages for each tile cost a CPU as much as its arithmetic.
         rooms = [factors.rows_RD.new_empty(height * width) for _ in range(self.sides)]
         bias = factors.bias / self.reduction.unit
@@ -248,10 +289,11 @@ class _Tiling:
             for columns, index in zip(_slices(size[1], width), masked, strict=True):
                 shape = (rows.stop - rows.start, columns.stop - columns.start)
                 *copies, scores = (room[: math.prod(shape)].view(shape) for room in rooms)
-                torch.addmm(bias, scaled_rD, factors.columns_CD[columns].T, out=scores)
+                columns_cD = factors.columns_CD[columns]
+                seen = self.comparison.compare(scaled_rD, columns_cD, bias, scores)
                 if len(index[0]):
                     scores[tuple(i.to(scores.device, non_blocking=True) for i in index)] = -math.inf
-                yield _Tile(rows, columns, (*copies, scores))
+                yield _Tile(rows, columns, (*copies, scores), seen)
 
     def look(self, tile: _Tile) -> Iterator[_Side]:
         """The tile from each side, with its limits, in that side's room, which it may use up."""
@@ -297,13 +339,18 @@ class _TiledReduction(torch.autograd.Function):
                 *others, weights = tile.room
                 for of_side in others:
                     weights.add_(of_side)
-                if needs_rows or needs_scale:
-                    grad_rows[tile.rows].addmm_(weights, columns_CD[tile.columns])
-                if needs_columns:
-                    grad_columns[tile.columns].addmm_(weights.T, rows_RD[tile.rows])
+                tiling.comparison.add_gradients(
+                    tile.seen,
+                    weights,
+                    rows_RD[tile.rows],
+                    columns_CD[tile.columns],
+                    grad_rows=grad_rows[tile.rows] if needs_rows or needs_scale else None,
+                    grad_columns=grad_columns[tile.columns] if needs_columns else None,
+                )
                 if needs_bias:
                     grad_bias += weights.sum()
-        # The sum of weight * similarity needs no pass of its own: similarity is row . column.
+        # The sum of weight * similarity needs no pass of its own: similarity is linear in a factor
+        # of the row.
         grad_scale = (rows_RD * grad_rows).sum() if needs_scale else None
         return (
             None,
@@ -319,8 +366,9 @@ def _reduce(
     reduction: Reduction,
     masked: Relevance,
     limits: Limits | None,
-    tile_size: TileSize,
     *,
+    tile_size: TileSize,
+    comparison: Comparison,
     sides: int,
 ) -> tuple[Tensor, ...]:
     """The results of each side."""
@@ -329,7 +377,7 @@ def _reduce(
     scores = tuple(
         (limit * scale + bias) / reduction.unit for limit in of_sides if limit is not None
     )
-    tiling = _Tiling(reduction, masked, scores, tile_size, sides)
+    tiling = _Tiling(reduction, masked, scores, tile_size, comparison, sides)
     reduced: tuple[Tensor, ...] = _TiledReduction.apply(  # type: ignore[no-untyped-call]
         tiling, *factors
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vembed import registry
 from vembed.errors import ConfigError
-from vembed.models.checkpoint_format import is_router, read_backbone_config
+from vembed.models.checkpoint_format import NO_POOLING, is_router, read_backbone_config
 from vembed.models.model_types import MODEL_TYPES
 from vembed.models.paths import resolve_model_path
 
@@ -54,8 +54,8 @@ def load_encoder(
         model_name: Local folder, `package:NAME[/subdir]`, or hub id.
         encoder_mode: `"auto"` lets the checkpoint's model_type decide; or a name of `ENCODERS`,
             `"package.module:Name"`, or a loader `(path, **options) -> Encoder`.
-        pooling_method: Tokens to one vector. None here and below: the checkpoint's own, or the
-            default of its kind.
+        pooling_method: Tokens to one vector, or `"none"` to keep one for each. None here and below:
+            the checkpoint's own, or the default of its kind.
         normalize: Whether vectors have unit length.
         projection_dim: Size of the vectors: a linear layer is added behind a model of another size,
             which starts random and has to be trained.
@@ -79,6 +79,12 @@ def load_encoder(
     path = resolve_model_path(model_name, revision)
     kind = _kind_of(path) if encoder_mode == "auto" else encoder_mode
     load = registry.resolve("encoder_mode", kind, ENCODERS)
+    if pooling_method == NO_POOLING and kind in ("dual", "composed"):
+        raise ConfigError(
+            f"pooling_method: none keeps a vector for each token, but {model_name!r} is "
+            f"encoder_mode {kind}, whose towers meet in one vector. Use a text, vision or vlm "
+            f"encoder, or leave it unset"
+        )
     options = {
         "pooling_method": pooling_method,
         "normalize": normalize,

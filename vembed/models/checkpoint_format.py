@@ -29,6 +29,12 @@ POOLING_NAMES = {
 OWN_POOLING = "pooler"
 """The `pooling_method` of models that give one vector themselves; they need no Pooling module."""
 
+NO_POOLING = "none"
+"""The `pooling_method` of models that keep a vector for each token (late interaction)."""
+
+TOKEN_INPUT = "token_embeddings"
+"""sentence-transformers' name of what its modules work on in such models."""
+
 # Before version 6 each mode was a boolean key of 1_Pooling/config.json.
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -43,6 +49,18 @@ _TRANSFORMER_CONFIGS = [
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
 # Settings of the Transformer module that vembed follows, or that say what it assumes anyway.
+_KEEP_TOKENS = ("MultiVectorEncoder", "ColBERT")
+"""How sentence-transformers, and PyLate up to version 3, name a late-interaction model."""
+
+# What sentence-transformers and PyLate can do with tokens, and vembed does not.
+_TOKEN_RULES = (
+    "query_expansion",
+    "do_query_expansion",
+    "query_length",
+    "document_length",
+    "skiplist_words",
+    "keep_only_token_ids",
+)
 _TRANSFORMER_KEYS = {
     "max_seq_length",
     "do_lower_case",
@@ -72,6 +90,7 @@ class CheckpointSettings:
         calls: Modality, by sentence-transformers' name, to the model's method that embeds it.
             Empty for models that read texts alone, through `forward`.
         processing: Arguments that sentence-transformers must give to the processor.
+        token_rules: Settings of a late-interaction model that vembed does not follow.
     """
 
     backbone_folder: Path
@@ -84,6 +103,7 @@ class CheckpointSettings:
     default_prompt_name: str | None = None
     calls: Mapping[str, str] = field(default_factory=dict)
     processing: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    token_rules: tuple[str, ...] = ()
 
     def prompt_for(self, role: str) -> str | None:
         """The text put before a `"query"` or `"document"`; None where the checkpoint is silent.
@@ -134,35 +154,73 @@ def read_settings(path: str | Path) -> CheckpointSettings:
     pools_itself = (
         kinds[0] == "CLIPModel" or transformer.get("module_output_name") == "sentence_embedding"
     )
-    first_dense = 1 if pools_itself else 2
+    model = _read_json(root / "config_sentence_transformers.json")
+    keeps_tokens = model.get("model_type") in _KEEP_TOKENS or "MultiVectorMask" in kinds
+    first_dense = 1 if pools_itself or keeps_tokens else 2
     dense = kinds.count("Dense")
     normalize = kinds[-1] == "Normalize"
-    expected = ["Pooling"] * (not pools_itself) + ["Dense"] * dense + ["Normalize"] * normalize
+    expected = ["Pooling"] * (not pools_itself and not keeps_tokens) + ["Dense"] * dense
+    expected += ["MultiVectorMask"] * (keeps_tokens and "MultiVectorMask" in kinds)
+    expected += ["Normalize"] * normalize
     if kinds[0] not in ("Transformer", "CLIPModel") or kinds[1:] != expected:
         raise CheckpointError(
             f"{root / 'modules.json'}: vembed reads Transformer, Pooling (unless the model pools "
-            f"itself), any number of Dense, and at most one Normalize, in that order. "
+            f"itself, or keeps a vector for each token), any number of Dense, MultiVectorMask (of "
+            f"a model that keeps them), and at most one Normalize, in that order. "
             f"Found: {', '.join(kinds)}"
         )
-    model = _read_json(root / "config_sentence_transformers.json")
     if model.get("truncate_dim"):
         raise CheckpointError(
             f"{root / 'config_sentence_transformers.json'}: truncate_dim is not supported"
         )
+    prompts = {name: text or "" for name, text in (model.get("prompts") or {}).items()}
+    if keeps_tokens:
+        # PyLate's names for what it puts before a text.
+        prefixes = {role: model.get(f"{role}_prefix") for role in ("query", "document")}
+        prompts |= {role: prefix for role, prefix in prefixes.items() if prefix}
     return CheckpointSettings(
         backbone_folder=_backbone_folder(root, modules),
         pooling_method=OWN_POOLING
         if pools_itself
+        else NO_POOLING
+        if keeps_tokens
         else _read_pooling(root / modules[1]["path"] / "config.json"),
-        normalize=normalize,
+        normalize=normalize or keeps_tokens,
         dense_folders=tuple(
             root / module["path"] for module in modules[first_dense : first_dense + dense]
         ),
         max_seq_length=transformer.get("max_seq_length", model.get(_TEXT_LENGTH)),
         do_lower_case=bool(transformer.get("do_lower_case")),
-        prompts={name: text or "" for name, text in (model.get("prompts") or {}).items()},
+        prompts=prompts,
         default_prompt_name=model.get("default_prompt_name"),
+        token_rules=_token_rules(root, modules, model=model, transformer=transformer)
+        if keeps_tokens
+        else (),
     )
+
+
+def _token_rules(
+    root: Path,
+    modules: Sequence[Mapping[str, Any]],
+    *,
+    model: Mapping[str, Any],
+    transformer: Mapping[str, Any],
+) -> tuple[str, ...]:
+    """What a late-interaction model does that vembed does not, such as to leave tokens out."""
+    # What PyLate up to version 3 did where its folder says nothing.
+    silent = {"do_query_expansion": True, "skiplist_words": ["punctuation"]}
+    told = {**(silent if model.get("model_type") == "ColBERT" else {}), **model}
+    masks = [
+        _read_json(root / module["path"] / "config.json")
+        for module in modules
+        if str(module["type"]).endswith("MultiVectorMask")
+    ]
+    configs = (told, transformer, *masks)
+    rules = tuple(rule for rule in _TOKEN_RULES if any(config.get(rule) for config in configs))
+    any_length = model.get("model_type") == "MultiVectorEncoder" and not any(
+        str(module["type"]).endswith("Normalize") for module in modules
+    )
+    return (*rules, "vectors of any length") if any_length else rules
 
 
 def is_router(path: str | Path) -> bool:
@@ -243,9 +301,15 @@ def write_router(
 def _list_modules(names: Sequence[str], folders: Sequence[str]) -> list[dict[str, Any]]:
     """The content of modules.json."""
     return [
-        {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{name}"}
+        {"idx": i, "name": str(i), "path": folder, "type": f"{_package_of(name)}.{name}"}
         for i, (name, folder) in enumerate(zip(names, folders, strict=True))
     ]
+
+
+def _package_of(module: str) -> str:
+    if module == "MultiVectorMask":
+        return "sentence_transformers.multi_vector_encoder.modules"
+    return "sentence_transformers.models"
 
 
 def write_settings(path: str | Path, settings: CheckpointSettings, *, hidden_size: int) -> None:
@@ -260,17 +324,24 @@ def write_settings(path: str | Path, settings: CheckpointSettings, *, hidden_siz
         hidden_size: Columns of the backbone's output.
     """
     root = Path(path)
-    pools_itself = settings.pooling_method == OWN_POOLING
-    names = ["Transformer", *([] if pools_itself else ["Pooling"])]
-    folders = ["", *([] if pools_itself else ["1_Pooling"])]
+    keeps_tokens = settings.pooling_method == NO_POOLING
+    pools = settings.pooling_method not in (OWN_POOLING, NO_POOLING)
+    names = ["Transformer", *(["Pooling"] if pools else [])]
+    folders = ["", *(["1_Pooling"] if pools else [])]
     names += ["Dense"] * len(settings.dense_folders)
     folders += [folder.name for folder in settings.dense_folders]
+    if keeps_tokens:
+        names.append("MultiVectorMask")
+        folders.append(f"{len(folders)}_MultiVectorMask")
+        _write_json(root / folders[-1] / "config.json", {"skiplist_words": []})
     if settings.normalize:
         names.append("Normalize")
         folders.append(f"{len(folders)}_Normalize")
         (root / folders[-1]).mkdir(parents=True, exist_ok=True)
+        if keeps_tokens:
+            _write_json(root / folders[-1] / "config.json", {"module_input_name": TOKEN_INPUT})
     _write_json(root / "modules.json", _list_modules(names, folders))
-    if not pools_itself:
+    if pools:
         flags = {
             key: POOLING_NAMES[mode] == settings.pooling_method
             for key, mode in _POOLING_FLAGS.items()
@@ -281,8 +352,10 @@ def write_settings(path: str | Path, settings: CheckpointSettings, *, hidden_siz
     model: dict[str, Any] = {
         "prompts": dict(settings.prompts),
         "default_prompt_name": settings.default_prompt_name,
-        "similarity_fn_name": "cosine",
+        "similarity_fn_name": "meanmaxsim" if keeps_tokens else "cosine",
     }
+    if keeps_tokens:
+        model["model_type"] = "MultiVectorEncoder"
     if _counts_text_alone(settings):
         model[_TEXT_LENGTH] = settings.max_seq_length
     _write_json(root / "config_sentence_transformers.json", model)
@@ -338,10 +411,10 @@ def _backbone_folder(root: Path, modules: list[dict[str, Any]]) -> Path:
 def _module_kind(root: Path, module: dict[str, Any]) -> str:
     """Class name of a module; the package path before it differs between versions 2 and 6."""
     package, _, name = str(module["type"]).rpartition(".")
-    if package.partition(".")[0] != "sentence_transformers":
+    if package.partition(".")[0] not in ("sentence_transformers", "pylate"):
         raise CheckpointError(
             f"{root / 'modules.json'}: module {module['type']!r} is not one of "
-            f"sentence-transformers' own; vembed runs no code that a checkpoint names"
+            f"sentence-transformers' or PyLate's own; vembed runs no code that a checkpoint names"
         )
     return name
 
@@ -354,7 +427,8 @@ def _read_transformer_config(folder: Path) -> dict[str, Any]:
             f"{files[0]}: transformer_task {config['transformer_task']!r} is not that of an "
             f"embedding model (feature-extraction)"
         )
-    if other := [key for key, value in config.items() if value and key not in _TRANSFORMER_KEYS]:
+    known = {*_TRANSFORMER_KEYS, *_TOKEN_RULES}
+    if other := [key for key, value in config.items() if value and key not in known]:
         logger.warning("%s: not used by vembed: %s", files[0], ", ".join(other))
     return config
 

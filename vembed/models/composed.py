@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vembed.errors import CheckpointError, ConfigError
 from vembed.models import load_encoder
-from vembed.models.checkpoint_format import read_router, write_router
+from vembed.models.checkpoint_format import NO_POOLING, read_router, write_router
 from vembed.models.dual import DualEncoder, DualProcessor
 from vembed.models.fusion import fuse, split_inputs
 from vembed.models.image_processor import ImageProcessor
@@ -49,7 +49,7 @@ class ComposedEncoder(Encoder):
             normalize: Whether vectors have unit length.
 
         Raises:
-            ConfigError: if a tower does not embed what it is for.
+            ConfigError: if a tower does not embed what it is for, or gives token vectors.
         """
         super().__init__()
         self.text = text
@@ -60,6 +60,12 @@ class ComposedEncoder(Encoder):
         self.embedding_dim = projections["text"].out_features
         self.normalize = bool(normalize.value)
         self._normalize_origin = normalize.origin
+        for tower in (text, image):
+            if tower.pooling_method == NO_POOLING:
+                raise ConfigError(
+                    f"a composed encoder is made of models that give one vector. Received: a "
+                    f"{tower.model_type} that gives one for each token (pooling_method none)"
+                )
         text.restrict_to({"t"})
         image.restrict_to({"i"})
 

@@ -1,10 +1,11 @@
-"""One backbone whose token vectors are pooled to one: texts, images, or both in one sequence.
+"""One backbone whose token vectors are pooled, or kept: texts, images, or both in one sequence.
 
 # Shapes: B items, T tokens (words or patches), H hidden size of the backbone, D embedding size
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,15 +15,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vembed.models.checkpoint_format import OWN_POOLING, CheckpointSettings, write_settings
-from vembed.models.pooling import pool
+from vembed.errors import CheckpointError, ConfigError
+from vembed.models.checkpoint_format import (
+    NO_POOLING,
+    OWN_POOLING,
+    CheckpointSettings,
+    write_settings,
+)
+from vembed.models.options import GIVEN, Choice
+from vembed.models.pooling import keep_tokens, pool
 from vembed.models.projection import Projection, apply_projections, save_projections
 from vembed.models.protocol import Encoder
 from vembed.models.weights import save_backbone, take_off_pooler
 
+logger = logging.getLogger(__name__)
+
 
 class PooledEncoder(Encoder):
-    """An item to one vector, through one transformers model."""
+    """An item to one vector, or to one for each token, through one transformers model."""
 
     def __init__(
         self,
@@ -44,10 +54,13 @@ class PooledEncoder(Encoder):
             processor: Makes the backbone's inputs.
             modalities: Letters of what it embeds.
             settings: As resolved: pooling_method and normalize are set.
-            projections: Linear layers after pooling.
+            projections: Linear layers after pooling, or on each token.
             origins: Where each setting came from, for `describe`.
             image_modules: Parts of the backbone that only images go through, by attribute name.
             add_inputs: Makes inputs that the backbone needs beside those of the processor.
+
+        Raises:
+            ConfigError: if token vectors are not to have length one.
         """
         super().__init__()
         self.pooling_method = str(settings.pooling_method)
@@ -63,33 +76,52 @@ class PooledEncoder(Encoder):
         self.hidden_size: int = backbone.config.get_text_config().hidden_size
         self.embedding_dim = projections[-1].out_features if projections else self.hidden_size
         self.normalize = bool(settings.normalize)
+        self._unit_length(None)
         self._settings = settings
         self._origins = dict(origins or {})
         self._image_modules = tuple(image_modules)
         self._add_inputs = add_inputs
 
     def forward(self, *, normalize: bool | None = None, **inputs: Tensor) -> Tensor:
-        """Embeddings `[B, D]`, float32 or wider.
+        """Embeddings `[B, D]`, float32 or wider; with pooling `none`, token vectors `[B, T, D]`.
+
+        Every real token is kept: words, special tokens, prompts and chat templates, patches.
 
         Args:
             normalize: Unit length or not; None takes the encoder's own.
             inputs: What the processor makes. Without `attention_mask` `[B, T]` every token counts.
+
+        Raises:
+            ConfigError: if `normalize` is False and tokens are kept: a token of length zero is
+                padding, and late interaction compares cosines.
         """
+        unit = self._unit_length(normalize)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(_weight_type(self.backbone))
         added = self._add_inputs(inputs) if self._add_inputs is not None else {}
         output = self.backbone(**inputs, **added)
         if self.pooling_method == OWN_POOLING:
-            embedding_BD = output.pooler_output
-        else:
-            hidden_BTH = output.last_hidden_state
-            mask_BT = inputs.get("attention_mask")
-            if mask_BT is None:
-                mask_BT = torch.ones(hidden_BTH.shape[:2], device=hidden_BTH.device)
-            embedding_BD = pool(self.pooling_method, hidden_BTH, mask_BT)
-        embedding_BD = apply_projections(self.projections, embedding_BD)
+            return self._finish(output.pooler_output, unit)
+        hidden_BTH = output.last_hidden_state
+        mask_BT = inputs.get("attention_mask")
+        if mask_BT is None:
+            mask_BT = torch.ones(hidden_BTH.shape[:2], device=hidden_BTH.device)
+        if self.pooling_method == NO_POOLING:
+            return keep_tokens(self._finish(hidden_BTH, unit), mask_BT)
+        return self._finish(pool(self.pooling_method, hidden_BTH, mask_BT), unit)
+
+    def _finish(self, vectors: Tensor, unit: bool) -> Tensor:
+        projected = apply_projections(self.projections, vectors)
+        return F.normalize(projected, dim=-1) if unit else projected
+
+    def _unit_length(self, normalize: bool | None) -> bool:
         unit = self.normalize if normalize is None else normalize
-        return F.normalize(embedding_BD, dim=-1) if unit else embedding_BD
+        if not unit and self.pooling_method == NO_POOLING:
+            raise ConfigError(
+                "normalize_embeddings: token vectors (pooling_method none) have unit length, "
+                "because late interaction compares cosines. Received: false. Leave it unset"
+            )
+        return unit
 
     def restrict_to(self, modalities: Collection[str]) -> None:
         """Freeze the parts that only images go through, when none of `modalities` has images."""
@@ -143,6 +175,25 @@ class PooledEncoder(Encoder):
     def _part(self, name: str) -> nn.Module:
         part: nn.Module = getattr(self.backbone, name)
         return part
+
+
+def check_token_rules(pooling: Choice, stored: CheckpointSettings) -> None:
+    """See that a late-interaction model is not taken for one that it is not.
+
+    Raises:
+        CheckpointError: if the checkpoint says of more than padding that it does not count, or adds
+            tokens that do, and the caller has not asked for pooling `none`.
+    """
+    if pooling.value != NO_POOLING or not stored.token_rules:
+        return
+    rules = ", ".join(stored.token_rules)
+    where = stored.backbone_folder
+    if pooling.origin != GIVEN:
+        raise CheckpointError(
+            f"{where}: the model follows rules about tokens that vembed has not: {rules}. Set "
+            f"pooling_method: none to use it without them, with all tokens of every text"
+        )
+    logger.warning("%s: not followed by vembed: %s; all tokens count", where, rules)
 
 
 def _weight_type(backbone: nn.Module) -> torch.dtype:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vembed.errors import ConfigError
+from vembed.models.checkpoint_format import NO_POOLING
 from vembed.registry import did_you_mean
 
 
@@ -29,12 +30,18 @@ def pool(method: str, hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def check_pooling_method(method: str) -> None:
-    """Raise ConfigError unless `method` is a name of `POOLINGS`."""
-    if method not in POOLINGS:
+    """Raise ConfigError unless `method` is a name of `POOLINGS`, or none."""
+    known = (*POOLINGS, NO_POOLING)
+    if method not in known:
         raise ConfigError(
-            f"pooling_method: unknown name {method!r}{did_you_mean(method, POOLINGS)}. "
-            f"One of: {', '.join(POOLINGS)}"
+            f"pooling_method: unknown name {method!r}{did_you_mean(method, known)}. "
+            f"One of: {', '.join(known)}"
         )
+
+
+def keep_tokens(unit_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Token vectors as they are, but zeros at padding (see `vembed.token_vectors`)."""
+    return unit_BTD.masked_fill(~mask_BT.bool().unsqueeze(-1), 0)
 
 
 def first_token(hidden_BTH: Tensor, mask_BT: Tensor) -> Tensor:

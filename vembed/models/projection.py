@@ -1,4 +1,4 @@
-"""The linear layer after pooling that sentence-transformers calls Dense."""
+"""The linear layer after pooling, or on each token, that sentence-transformers calls Dense."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vembed.errors import CheckpointError
-from vembed.models.checkpoint_format import OWN_POOLING
+from vembed.models.checkpoint_format import NO_POOLING, OWN_POOLING, TOKEN_INPUT
 
+_PLACES = ("sentence_embedding", TOKEN_INPUT)
 _PLAIN = {
-    "module_input_name": "sentence_embedding",
-    "module_output_name": "sentence_embedding",
-    "use_residual": False,
+    "module_input_name": _PLACES,
+    "module_output_name": _PLACES,
+    "use_residual": (False,),
 }
 
 
@@ -41,7 +42,7 @@ class Projection(nn.Module):
         return self.linear.out_features
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """`[B, in_features]` to `[B, out_features]`."""
+        """`[..., in_features]` to `[..., out_features]`."""
         projected: Tensor = self.activation(self.linear(embeddings.to(self.linear.weight.dtype)))
         return projected
 
@@ -50,14 +51,15 @@ class Projection(nn.Module):
         """Read a Dense module's folder.
 
         Raises:
-            CheckpointError: if it is not a plain Dense on sentence embeddings with an activation of
-                torch.nn, or has no weights that fit.
+            CheckpointError: if it is not a plain Dense with an activation of torch.nn, or has no
+                weights that fit.
         """
         try:
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: config.json cannot be read ({error})") from error
-        odd = {key: config[key] for key in _PLAIN if config.get(key, _PLAIN[key]) != _PLAIN[key]}
+        given = {key: config[key] for key in _PLAIN if config.get(key) is not None}
+        odd = {key: value for key, value in given.items() if value not in _PLAIN[key]}
         if odd:
             raise CheckpointError(f"{folder}: a Dense module with {odd} is not supported")
         projection = cls(
@@ -72,8 +74,13 @@ class Projection(nn.Module):
             raise CheckpointError(f"{folder}: {error}") from error
         return projection
 
-    def save(self, folder: Path) -> None:
-        """Write what `load` and sentence-transformers read."""
+    def save(self, folder: Path, *, on_tokens: bool = False) -> None:
+        """Write what `load` and sentence-transformers read.
+
+        Args:
+            folder: Made when missing.
+            on_tokens: Whether it is for the vector of each token.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         activation = type(self.activation)
         config = {
@@ -82,6 +89,8 @@ class Projection(nn.Module):
             "bias": self.linear.bias is not None,
             "activation_function": f"{activation.__module__}.{activation.__qualname__}",
         }
+        if on_tokens:
+            config |= {"module_input_name": TOKEN_INPUT, "module_output_name": TOKEN_INPUT}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         weights = {name: weight.detach().cpu() for name, weight in self.state_dict().items()}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -133,16 +142,19 @@ def save_projections(
     Args:
         projections: Those of an encoder.
         folder: The model folder.
-        pooling_method: Whether the Pooling module, which comes first, is there.
+        pooling_method: Whether the Pooling module, which comes first, is there, and what they are
+            for.
 
     Returns:
         The folders.
     """
     folders = []
-    start = 1 if pooling_method == OWN_POOLING else 2
+    start = 1 if pooling_method in (OWN_POOLING, NO_POOLING) else 2
     for number, projection in enumerate(projections, start=start):
         folders.append(folder / f"{number}_Dense")
-        projection.save(folders[-1])  # type: ignore[operator]
+        projection.save(  # type: ignore[operator]
+            folders[-1], on_tokens=pooling_method == NO_POOLING
+        )
     return tuple(folders)
 
 

@@ -50,7 +50,8 @@ class Encoder(nn.Module):
             `max_seq_length` and `prompt_for`.
         modalities: Letters of what it embeds: `t` text, `i` image, `m` both.
         embedding_dim: Columns of the output.
-        pooling_method: How tokens become one vector; `pooler` where the model itself does it.
+        pooling_method: How tokens become one vector; `pooler` where the model itself does it,
+            `none` where they do not.
         normalize: Whether `forward` returns vectors of unit length unless told otherwise.
         model_type: The backbone's family, as in its config.json.
     """
@@ -64,7 +65,7 @@ class Encoder(nn.Module):
     model_type: str
 
     def forward(self, *, normalize: bool | None = None, **inputs: Tensor) -> Tensor:
-        """Embeddings `[B, D]`, float32 or wider.
+        """Embeddings `[B, D]`, float32 or wider; or token vectors (`vembed.token_vectors`).
 
         Args:
             normalize: Unit length or not; None takes the encoder's own.

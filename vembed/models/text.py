@@ -9,7 +9,7 @@ from vembed.errors import ConfigError
 from vembed.models.checkpoint_format import read_settings
 from vembed.models.model_types import attends_causally
 from vembed.models.options import CHECKPOINT, Choice, choose, origins_of, values_of
-from vembed.models.pooled import PooledEncoder
+from vembed.models.pooled import PooledEncoder, check_token_rules
 from vembed.models.pooling import check_pooling_method
 from vembed.models.processor import TextProcessor, append_end_token, ends_with_special_token
 from vembed.models.projection import load_projections
@@ -57,6 +57,7 @@ def load_text_encoder(
         trust_remote_code=trust_remote_code,
     )
     pooling = _choose_pooling(pooling_method, stored.pooling_method, backbone.config)
+    check_token_rules(pooling, stored)
     lacks_end = pooling.value == "last_token" and not ends_with_special_token(tokenizer)
     # A checkpoint that declares last-token pooling was trained with its tokenizer as it is.
     if lacks_end and pooling.origin != CHECKPOINT:

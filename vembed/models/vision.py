@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from vembed.errors import ConfigError
-from vembed.models.checkpoint_format import OWN_POOLING, read_settings
+from vembed.models.checkpoint_format import NO_POOLING, OWN_POOLING, read_settings
 from vembed.models.image_processor import ImageProcessor, load_image_processor
 from vembed.models.options import Choice, choose, origins_of
-from vembed.models.pooled import PooledEncoder
+from vembed.models.pooled import PooledEncoder, check_token_rules
 from vembed.models.projection import load_projections
 from vembed.models.weights import load_backbone
 from vembed.modes import IMAGE
 from vembed.registry import did_you_mean
 
-_POOLINGS = ("cls", "mean", "max", OWN_POOLING)
+_POOLINGS = ("cls", "mean", "max", NO_POOLING, OWN_POOLING)
 _MASKED_AUTOENCODER = "vit_mae"
 
 
@@ -41,8 +41,8 @@ def load_vision_encoder(
 
     Pooling is, unless the checkpoint or the caller says otherwise, the model's own pooled output:
     the head that a ViT was trained with where the checkpoint has its weights, else the class token.
-    MAE trains neither, so its tokens are averaged. `mean` and `max` take all tokens, class token
-    and registers too, as sentence-transformers does.
+    MAE trains neither, so its tokens are averaged. `mean`, `max` and `none` take all tokens, class
+    token and registers too, as sentence-transformers does.
 
     Raises:
         ConfigError: if an option does not fit the model.
@@ -57,6 +57,7 @@ def load_vision_encoder(
         quantization=quantization,
     )
     pooling = _choose_pooling(pooling_method, stored.pooling_method, backbone)
+    check_token_rules(pooling, stored)
     chosen_normalize = choose(normalize, stored.normalize, True)
     _freeze_mask_token(backbone)
     image_processor = load_image_processor(

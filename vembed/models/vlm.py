@@ -16,7 +16,7 @@ from vembed.models.chat import ChatInputs, ChatProcessor, PatchInputs, Processor
 from vembed.models.checkpoint_format import CheckpointSettings, read_settings
 from vembed.models.image_processor import load_image_processor
 from vembed.models.options import choose, origins_of
-from vembed.models.pooled import PooledEncoder
+from vembed.models.pooled import PooledEncoder, check_token_rules
 from vembed.models.pooling import check_pooling_method
 from vembed.models.projection import load_projections
 from vembed.models.prompts import Prompts
@@ -83,6 +83,7 @@ def load_vlm_encoder(
         default_prompt=DEFAULT_INSTRUCTION,
     )
     _check_pooling(chosen["pooling_method"].value)
+    check_token_rules(chosen["pooling_method"], stored)
     processor = ChatProcessor(
         inputs,
         max_seq_length=text_options["max_seq_length"].value,

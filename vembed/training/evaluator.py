@@ -13,10 +13,11 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from vembed.chunking import DEFAULT_CHUNK_TOKENS
-from vembed.distributed import all_reduce_sum, gather_counts, gather_rows
+from vembed.distributed import all_reduce_sum, any_process, gather_counts, gather_rows
 from vembed.evaluation import EvalTask
 from vembed.inference import encode_items
 from vembed.modes import Item
+from vembed.token_vectors import TokenVectors, Vectors
 from vembed.training.data_utils import (
     maybe_first,
     own_rows,
@@ -144,14 +145,14 @@ class Evaluator:
 
 def sharded_encode(
     model: nn.Module, accelerator: Accelerator, chunk_tokens: int = DEFAULT_CHUNK_TOKENS
-) -> Callable[[Sequence[Item], Literal["query", "document"]], np.ndarray]:
+) -> Callable[[Sequence[Item], Literal["query", "document"]], Vectors]:
     """A function that encodes items, each process its share; every process gets all the vectors.
 
     The function is collective: every process must call it with the same items.
     """
     encoder = accelerator.unwrap_model(model)
 
-    def encode(items: Sequence[Item], role: Literal["query", "document"]) -> np.ndarray:
+    def encode(items: Sequence[Item], role: Literal["query", "document"]) -> Vectors:
         workers, this = accelerator.num_processes, accelerator.process_index
         own = encode_items(
             encoder, items[this::workers], role=role, chunk_tokens=chunk_tokens,
@@ -160,11 +161,29 @@ def sharded_encode(
         if workers == 1:
             return own
         counts = [len(range(process, len(items), workers)) for process in range(workers)]
-        gathered = gather_rows(torch.from_numpy(own).to(accelerator.device), counts).cpu().numpy()
-        vectors = np.empty_like(gathered)
-        starts = np.cumsum([0, *counts])
-        for process in range(workers):
-            vectors[process::workers] = gathered[starts[process] : starts[process + 1]]
-        return vectors
+        dealt = np.concatenate([np.arange(p, len(items), workers) for p in range(workers)])
+        return _gather_vectors(own, counts, accelerator.device)[dealt.argsort()]
 
     return encode
+
+
+def _gather_vectors(own: Vectors, counts: list[int], device: torch.device) -> Vectors:
+    """The items of all processes, process by process. Collective: every process must call it.
+
+    Args:
+        own: Of this process; a process without items may have vectors of either kind.
+        counts: Items of each process.
+        device: Where the process group communicates from.
+    """
+
+    def gather(rows: np.ndarray, of_process: list[int] | None = None) -> np.ndarray:
+        there = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
+        gathered: np.ndarray = gather_rows(there, of_process).cpu().numpy()
+        return gathered
+
+    if not any_process(isinstance(own, TokenVectors), device):
+        return gather(np.asarray(own), counts)
+    if not isinstance(own, TokenVectors):
+        own = TokenVectors(own, np.zeros(1, dtype=np.int64))
+    lengths = gather(own.lengths, counts)
+    return TokenVectors(gather(own.flat_SD), np.concatenate([[0], lengths.cumsum()]))

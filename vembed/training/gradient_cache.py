@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vembed.chunking import chunk_overhead, plan_chunks, take_rows
 from vembed.distributed import any_process, local_processes, min_over_processes
+from vembed.token_vectors import cat_items
 from vembed.training.memory import SavedBytes, available_bytes
 from vembed.training.objective import Embeddings, StepLoss
 
@@ -116,7 +117,8 @@ class GradientCache:
         Nothing here reduces gradients across processes; the objective may gather embeddings.
 
         Args:
-            encode: Model inputs of n rows to embeddings [n, D].
+            encode: Model inputs of n rows to embeddings [n, D], or [n, T, D] (see
+                `vembed.token_vectors`), whose T may differ from chunk to chunk.
             inputs: Padded model inputs by role.
             lengths: Real tokens per row, by role: what chunks are planned from.
             objective: Embeddings by role to the loss.
@@ -278,7 +280,7 @@ def _backward_chunks(
     inputs: Mapping[str, Mapping[str, Tensor]],
     leaves: Embeddings,
 ) -> None:
-    grads = [_grad_rows(leaves[chunk.plan.role], chunk.plan.rows) for chunk in chunks]
+    grads = [_grad_rows(leaves[chunk.plan.role], chunk) for chunk in chunks]
     pairs = list(zip(chunks, grads, strict=True))
     # Together, so that gradients of one parameter are summed as in a single graph; and first, so
     # that their memory is free when the rest is encoded again.
@@ -305,17 +307,19 @@ def _in_row_order(chunks: list[_Chunk]) -> Embeddings:
     embeddings: Embeddings = {}
     for role in dict.fromkeys(chunk.plan.role for chunk in chunks):
         of_role = [chunk for chunk in chunks if chunk.plan.role == role]
-        stacked = torch.cat([chunk.output.detach() for chunk in of_role])
+        stacked = cat_items([chunk.output.detach() for chunk in of_role])
         order = torch.tensor([row for chunk in of_role for row in chunk.plan.rows])
         embeddings[role] = stacked[order.argsort().to(stacked.device)]
     return embeddings
 
 
-def _grad_rows(leaf: Tensor, rows: list[int]) -> Tensor:
-    """The gradient of these rows; zero where the loss did not use the role."""
+def _grad_rows(leaf: Tensor, chunk: _Chunk) -> Tensor:
+    """The gradient of a chunk's output; zero where the loss did not use the role."""
     if leaf.grad is None:
-        return leaf.new_zeros(len(rows), *leaf.shape[1:])
-    return leaf.grad.index_select(0, torch.tensor(rows, device=leaf.device))
+        return torch.zeros_like(chunk.output)
+    rows = torch.tensor(chunk.plan.rows, device=leaf.device)
+    # Of token vectors, without those that `cat_items` added.
+    return leaf.grad.index_select(0, rows)[:, : chunk.output.shape[1]]
 
 
 def _backward(outputs: list[Tensor], grads: list[Tensor]) -> None:

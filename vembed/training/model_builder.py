@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vembed.config import SettingsError, TrainConfig, find_conflicts
 from vembed.errors import ConfigError
 from vembed.models import compose_encoder, load_encoder
+from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.composed import ComposedEncoder
 from vembed.models.quantization import check_quantization
 from vembed.models.towers import TOWERS
@@ -107,7 +108,11 @@ def _recompute_activations(backbone: Any) -> None:
 
 
 def build_teacher_model(config: TrainConfig | Mapping[str, Any]) -> Encoder | None:
-    """Load the teacher, frozen and in evaluation mode; None when the config names none."""
+    """Load the teacher, frozen and in evaluation mode; None when the config names none.
+
+    Raises:
+        ConfigError: if it gives a vector for each token.
+    """
     config = TrainConfig.coerce(config)
     if config.teacher_model_name is None:
         return None
@@ -116,6 +121,11 @@ def build_teacher_model(config: TrainConfig | Mapping[str, Any]) -> Encoder | No
         torch_dtype=config.torch_dtype,
         attn_implementation=config.attn_implementation,
     )
+    if teacher.pooling_method == NO_POOLING:
+        raise ConfigError(
+            f"teacher_model_name: {config.teacher_model_name!r} gives a vector for each token, but "
+            f"distillation compares one for each item. Name a model that pools"
+        )
     teacher.requires_grad_(False)
     teacher.eval()
     return teacher

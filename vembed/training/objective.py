@@ -12,7 +12,10 @@ from vembed.errors import ConfigError
 from vembed.registry import accepted_arguments
 
 Embeddings = dict[str, Tensor]
-"""By role: `query` [B, D], `positive` [M, D], `negative` [K, D]; absent roles are left out."""
+"""By role: `query` [B, D], `positive` [M, D], `negative` [K, D]; absent roles are left out.
+
+Of models that keep a vector for each token [B, T, D] and so on (see `vembed.token_vectors`).
+"""
 
 
 @dataclass(frozen=True)

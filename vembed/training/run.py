@@ -18,8 +18,14 @@ from vembed.data import RecordDataset
 from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
-from vembed.losses import build_criterion, build_distillation_loss, check_row_fields
+from vembed.losses import (
+    build_criterion,
+    build_distillation_loss,
+    check_embeddings,
+    check_row_fields,
+)
 from vembed.models import load_encoder
+from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode, all_modes
 from vembed.training.adapter_files import load_loss
@@ -166,7 +172,8 @@ def build_trainer(
     """Every part of a run, put together.
 
     Raises:
-        ConfigError: if the loss needs row fields that the data does not have.
+        ConfigError: if the loss does not fit the encoder, or needs row fields that the data does
+            not have.
     """
     start_from_checkpoint(config, encoder)
     criterion = build_criterion(
@@ -179,6 +186,7 @@ def build_trainer(
     )
     if config.adapter_path is not None:
         load_loss(Path(config.adapter_path), criterion)
+    check_embeddings(criterion, tokens=encoder.pooling_method == NO_POOLING)
     check_row_fields(criterion, data.train.fields)
     if "score" in data.train.fields and "score" not in getattr(criterion, "required_fields", ()):
         logger.warning(

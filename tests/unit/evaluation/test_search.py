@@ -1,9 +1,13 @@
 import numpy as np
 import pytest
 
+from vembed.errors import VembedError
 from vembed.evaluation import search
 from vembed.evaluation.metrics import order_by_score
+from vembed.evaluation.results import encode_checked
 from vembed.evaluation.search import Judgements, find_neighbours, paired_cosines
+from vembed.modes import Item
+from vembed.token_vectors import TokenVectors
 
 
 def judge_by(gains_QN):
@@ -113,3 +117,67 @@ def test_paired_cosines():
     second = np.array([[4, 3], [-2, 0], [1, 1]], dtype=np.float32)
     # (12 + 12) / 25; opposite; a zero vector is near nothing
     assert paired_cosines(first, second) == pytest.approx([0.96, -1, 0], abs=1e-6)
+
+
+# --- token vectors
+
+
+def token_case(seed=0, queries=11, documents=17):
+    rng = np.random.default_rng(seed)
+
+    def items(count):
+        return [rng.normal(size=(rng.integers(1, 6), 4)).astype(np.float32) for _ in range(count)]
+
+    gains = rng.choice([0.0, 0, 0, 1, 2], size=(queries, documents))
+    # The first documents are one and the same: they tie, for every query.
+    texts = items(documents)
+    return items(queries), [texts[0]] * 4 + texts[4:], gains
+
+
+@pytest.mark.parametrize("queries_at_once", [1, 1000])
+def test_tokens_are_ranked_by_max_sim(queries_at_once, monkeypatch):
+    monkeypatch.setattr(search, "_BLOCK_QUERIES", queries_at_once)
+    monkeypatch.setattr(search, "_BLOCK_ENTRIES", 1)
+    queries, documents, gains = token_case()
+    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
+    scores = np.asarray(
+        [[(unit(q) @ unit(d).T).max(1).mean() for d in documents] for q in queries], np.float64
+    )
+    found = find_neighbours(
+        TokenVectors.from_arrays(queries),
+        TokenVectors.from_arrays(documents),
+        judge_by(gains),
+        depth=5,
+    )
+    for row in range(len(queries)):
+        expected = order_by_score(np.round(scores[row], 5), gains[row])[:5]
+        assert gains[row][found.documents_QK[row]].tolist() == gains[row][expected].tolist()
+        assert found.cosines_QK[row] == pytest.approx(scores[row][expected], abs=2e-5)
+    pairs = paired_cosines(
+        TokenVectors.from_arrays(queries), TokenVectors.from_arrays(documents[:11])
+    )
+    np.testing.assert_allclose(pairs, scores[:, :11].diagonal(), atol=1e-6)
+
+
+def test_tokens_on_one_side_only_are_an_error():
+    queries, documents, gains = token_case()
+    tokens, vectors = TokenVectors.from_arrays(queries), np.ones((17, 4), np.float32)
+    with pytest.raises(VembedError, match="one of each"):
+        find_neighbours(tokens, vectors, judge_by(gains), depth=5)
+    with pytest.raises(VembedError, match="one of each"):
+        paired_cosines(vectors[:11], tokens)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_token_that_is_nan_is_an_error_that_names_the_item(broken):
+    arrays = [np.ones((2, 3), np.float32), np.ones((4, 3), np.float32)]
+    arrays[1][3, 0] = np.nan if broken else 1
+    items = [Item("first"), Item("second")]
+    encode = lambda items, role: TokenVectors.from_arrays(arrays)  # noqa: E731
+    if not broken:
+        assert len(encode_checked(encode, items, "query")) == 2
+        with pytest.raises(VembedError, match="one row per item"):
+            encode_checked(encode, items[:1], "query")
+        return
+    with pytest.raises(VembedError, match="1 of 2 items, the first is 'second'"):
+        encode_checked(encode, items, "query")

@@ -132,3 +132,34 @@ def test_images_in_every_form_give_one_vector(tmp_path):
     np.testing.assert_allclose(vectors, alone.repeat(4, axis=0), atol=1e-6)
     assert np.array_equal(predictor.encode([Item(image=source)]), alone)
     assert not np.allclose(predictor.encode(str(file)), vectors[0]), "a str is a text"
+
+
+# --- a vector for each token
+
+
+@pytest.fixture(scope="module")
+def late(tiny_bert_path):
+    return vembed.Predictor(
+        str(tiny_bert_path), device="cpu", pooling_method="none", projection_dim=8
+    )
+
+
+def test_tokens_come_as_a_list_of_arrays(late):
+    found = late.encode_text(["red apple", "the old king of the ocean", "red apple"])
+    assert isinstance(found, list)
+    assert {array.shape[1] for array in found} == {8}
+    assert len(found[0]) < len(found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+    assert len(late.encode_text("red apple")) == 1
+    assert len(late.encode_text(TEXTS, batch_size=1)) == 3
+
+
+def test_similarity_of_tokens_is_max_sim(late):
+    query, document = late.encode_text(TEXTS[0])[0], late.encode_text(TEXTS[1])[0]
+    scores = late.similarity(TEXTS, TEXTS)
+    assert scores.shape == (3, 3)
+    assert scores[0, 1] == pytest.approx((query @ document.T).max(1).mean(), abs=1e-6)
+    np.testing.assert_allclose(scores.diagonal(), 1, atol=1e-6)
+    np.testing.assert_allclose(late.similarity([query], TEXTS)[0], scores[0], atol=1e-6)
+    with pytest.raises(DataError, match="one size and kind"):
+        late.similarity(TEXTS, np.ones((2, 8)))

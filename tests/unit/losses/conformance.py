@@ -23,6 +23,7 @@ from tests.unit.losses.references import (
     Batch,
     reference_cosent,
     reference_info_nce,
+    reference_max_sim,
     reference_sigmoid,
     reference_supcon,
 )
@@ -89,6 +90,28 @@ def make_rich(seed: int) -> Batch:
     contents = torch.randn(200, 5, generator=generator, dtype=torch.float64)
     for role in EMBEDDINGS:
         batch[role] = contents[batch[f"ids_{role}"]]
+    return batch
+
+
+def make_tokens(seed: int) -> Batch:
+    """`make_rich` with up to four tokens per query, and up to six or seven per document.
+
+    Document 32, a hard negative, has no tokens. The longest negative is longer than the longest
+    positive, and where padding stands differs from row to row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    batch = make_rich(seed)
+    most = {"query": 4, "positive": 6, "negative": 7}
+    tokens = torch.randn(200, 7, 5, generator=generator, dtype=torch.float64)
+    for role in EMBEDDINGS:
+        ids = batch[f"ids_{role}"]
+        matrices = tokens[ids, : most[role]].clone()
+        for row, content in enumerate(ids.tolist()):
+            if content == 32:
+                matrices[row] = 0
+            elif content != 31:
+                matrices[row, content % 3 + 1 : content % 3 + 3] = 0
+        batch[role] = matrices
     return batch
 
 
@@ -335,5 +358,26 @@ CASES = {
         _case("sigmoid-fixed", make_pairs, reference_sigmoid, "sigmoid", tile_size=4),
         _case("cosent", make_graded, reference_cosent, "cosent"),
         _case("supcon", make_labelled, reference_supcon, "supcon", tile_size=4),
+        _case("maxsim", make_tokens, reference_max_sim, "maxsim", tile_size=2),
+        _case(
+            "colbert-sum-bidirectional",
+            make_tokens,
+            reference_max_sim,
+            "colbert",
+            normalize_scores=False,
+            temperature=0.5,
+            bidirectional=True,
+            learn_temperature=True,
+            tile_size=3,
+        ),
+        _case(
+            "maxsim-margins",
+            make_tokens,
+            reference_max_sim,
+            "maxsim",
+            bidirectional=True,
+            absolute_margin=0.1,
+            relative_margin=0.2,
+        ),
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,7 +11,8 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 
 
-def reference_info_nce(criterion, batch: Batch) -> Tensor:
+def reference_info_nce(criterion, batch: Batch, similarity=None) -> Tensor:
+    similarity = similarity or _cosine
     query, positive = batch["query"], batch["positive"]
     documents, ids_document, owner = _documents(batch)
     ids_query = _ids(batch.get("ids_query"), len(query))
@@ -19,23 +21,23 @@ def reference_info_nce(criterion, batch: Batch) -> Tensor:
     total = torch.zeros((), dtype=query.dtype)
     for i in range(len(query)):
         own = [m for m in range(len(positive)) if owner[m] == i]
-        closest = max(_cosine(query[i], positive[m]) for m in own)
+        closest = max(similarity(query[i], positive[m]) for m in own)
         for m in own:
-            s_own = scale * _cosine(query[i], positive[m])
+            s_own = scale * similarity(query[i], positive[m])
             others = [
-                scale * _cosine(query[i], documents[c])
+                scale * similarity(query[i], documents[c])
                 for c in range(len(documents))
                 if (ids_query[i], ids_document[c]) not in relevant
-                and not _too_similar(criterion, _cosine(query[i], documents[c]), closest)
+                and not _too_similar(criterion, similarity(query[i], documents[c]), closest)
             ]
             loss = _cross_entropy(s_own, others)
             if criterion.bidirectional:
-                s_partner = _cosine(query[i], positive[m])
+                s_partner = similarity(query[i], positive[m])
                 others = [
-                    scale * _cosine(query[j], positive[m])
+                    scale * similarity(query[j], positive[m])
                     for j in range(len(query))
                     if (ids_query[j], ids_document[m]) not in relevant
-                    and not _too_similar(criterion, _cosine(query[j], positive[m]), s_partner)
+                    and not _too_similar(criterion, similarity(query[j], positive[m]), s_partner)
                 ]
                 loss = (loss + _cross_entropy(s_own, others)) / 2
             total = total + loss / len(own)
@@ -100,6 +102,24 @@ def reference_similarity_kl(temperature, student, teacher) -> Tensor:
         )
         total = total + sum(p_c * torch.log(p_c / q_c) for p_c, q_c in zip(p, q, strict=True))
     return temperature**2 * total / len(student["query"])
+
+
+def reference_max_sim(criterion, batch: Batch) -> Tensor:
+    similarity = partial(_max_sim, mean=criterion.comparison.mean)
+    return reference_info_nce(criterion, batch, similarity)
+
+
+def _max_sim(query: Tensor, document: Tensor, *, mean: bool) -> Tensor:
+    """Of `[T, D]` and `[S, D]`, in which rows of zeros are no tokens."""
+    total, tokens = torch.zeros((), dtype=query.dtype), 0
+    for token in query:
+        if not token.any():
+            continue
+        tokens += 1
+        cosines = [_cosine(token, other) for other in document if other.any()]
+        if cosines:
+            total = total + max(cosines)
+    return total / tokens if mean and tokens else total
 
 
 def _cosine(a: Tensor, b: Tensor) -> Tensor:

@@ -162,7 +162,8 @@ def make_trainer(model: str | Path | None, mode: str, tmp_path: Path, **settings
     accelerator = Accelerator(cpu=True, mixed_precision=settings.get("mixed_precision", "no"))
     apply_lora(encoder, config, accelerator)
     criterion = build_criterion(
-        "infonce", learn_temperature=settings.get("learn_temperature", False)
+        settings.get("loss_type", "infonce"),
+        learn_temperature=settings.get("learn_temperature", False),
     )
     optimizer = build_optimizer(encoder, config, criterion)
     batch = batch_for(encoder, mode)

@@ -8,7 +8,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from vembed.config import PoolingMethod
 from vembed.errors import ConfigError
-from vembed.models.checkpoint_format import OWN_POOLING, POOLING_NAMES
+from vembed.models.checkpoint_format import NO_POOLING, OWN_POOLING, POOLING_NAMES
 from vembed.models.pooling import POOLINGS, check_pooling_method, pool
 
 # One full row, one row of a single token, one in between; padded on the right.
@@ -70,7 +70,7 @@ def test_double_precision_stays_double():
 
 
 def test_the_configuration_offers_exactly_these():
-    assert set(get_args(PoolingMethod)) == {*POOLINGS, OWN_POOLING}
+    assert set(get_args(PoolingMethod)) == {*POOLINGS, OWN_POOLING, NO_POOLING}
     assert set(POOLINGS) == set(POOLING_NAMES.values())
 
 

@@ -42,7 +42,7 @@ def test_weights_from_before_safetensors(tmp_path):
         ({"activation_function": "os.system"}, "not a module of torch.nn"),
         ({"activation_function": "torch.nn.functional.relu"}, "not a module of torch.nn"),
         ({"use_residual": True}, "use_residual"),
-        ({"module_input_name": "token_embeddings"}, "token_embeddings"),
+        ({"module_input_name": "sentence_features"}, "sentence_features"),
         ({"out_features": 5}, "size mismatch"),
     ],
 )

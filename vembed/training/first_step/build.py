@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vembed.distributed import all_reduce_mean, gather_counts
+from vembed.losses.comparison import COSINE
 from vembed.losses.info_nce import InfoNCE
 from vembed.losses.sigmoid import PairwiseSigmoid
 from vembed.registry import accepted_arguments
@@ -93,7 +94,9 @@ def build_report(
         distillation_temperature=distillation_temperature,
         candidates=_look_at_candidates(batch, criterion, temperature),
         copies={role: found for role, found in copies.items() if found is not None},
-        embeddings=look_at_embeddings(student, ids, extras.get("counts_positive")),
+        embeddings=look_at_embeddings(student, ids, extras.get("counts_positive"))
+        if student["query"].dim() == 2
+        else None,
         labels=look_at_labels(extras["labels"]) if "labels" in used else None,
         scores=look_at_scores(extras["scores"]) if "scores" in used else None,
         teacher=teacher,
@@ -131,4 +134,5 @@ def _look_at_candidates(
         softmax_temperature=temperature.value if softmax and temperature else None,
         bidirectional=isinstance(criterion, InfoNCE) and criterion.bidirectional,
         margins=criterion.margins,
+        comparison=criterion.comparison if isinstance(criterion, InfoNCE) else COSINE,
     )

@@ -21,6 +21,7 @@ from vembed.distributed import (
     min_over_processes,
     process_index,
 )
+from vembed.losses.comparison import COSINE, Comparison
 from vembed.losses.global_batch import GlobalBatch, gather_batch
 from vembed.losses.margins import Margins, find_limits
 from vembed.losses.relevance import Relevance
@@ -108,6 +109,7 @@ def look_at_candidates(
     softmax_temperature: float | None,
     bidirectional: bool = False,
     margins: Margins | None = None,
+    comparison: Comparison = COSINE,
 ) -> Candidates:
     """Count what the contrastive losses of `vembed.losses` compare, by their own rule.
 
@@ -119,12 +121,15 @@ def look_at_candidates(
         softmax_temperature: The temperature of an InfoNCE loss; None for another loss.
         bidirectional: Whether that loss ranks queries as well.
         margins: Those of the loss.
+        comparison: What the loss takes for similarity.
     """
+    ids: dict[str, Any] = {name: extras.get(name) for name in _IDS}
     batch = gather_batch(
         student["query"],
         student.get("positive"),
         student.get("negative"),
-        **{name: extras.get(name) for name in _IDS},
+        comparison=comparison,
+        **ids,
     )
     relevance = batch.relevant_documents()
     limits_B = _limits(batch, margins)
@@ -155,8 +160,7 @@ def _limits(batch: GlobalBatch, margins: Margins | None) -> Tensor | None:
     """The similarity from which on candidates of each query are left out, `[B]`."""
     if margins is None:
         return None
-    similarity_M = (batch.query_BD[batch.owner_M] * batch.positive_MD).sum(1)
-    limits = find_limits(margins, batch, similarity_M)
+    limits = find_limits(margins, batch, batch.own_similarities())
     return None if limits is None else limits.row_R
 
 
@@ -193,8 +197,7 @@ def _count_too_similar(
         return counts_B3
     for start in range(0, len(counts_B3), _SAMPLED_QUERIES):
         rows = slice(start, min(start + _SAMPLED_QUERIES, len(counts_B3)))
-        beyond_nC = batch.query_BD[rows] @ batch.documents_CD.T > limits_B[rows, None]
-        beyond_nC = beyond_nC.cpu()
+        beyond_nC = (batch.similarities(rows) > limits_B[rows, None]).cpu()
         beyond_nC[relevance.pairs(rows)] = False
         counts_B3[rows] = torch.stack([beyond_nC[:, group].sum(1) for group in groups], dim=1)
     return counts_B3
@@ -216,17 +219,17 @@ def _softmax_of_queries(
     batch: GlobalBatch, relevance: Relevance, temperature: float, limits_B: Tensor | None
 ) -> Softmax | None:
     """Of each query's first positive and its negatives. Collective."""
-    query_nD = batch.query_BD[:_SAMPLED_QUERIES]
-    similarity = query_nD @ batch.documents_CD.T
+    sampled = slice(0, min(_SAMPLED_QUERIES, len(batch.query_BD)))
+    similarity = batch.similarities(sampled)
     logits = similarity / temperature
     if limits_B is not None:
         logits[similarity > limits_B[:_SAMPLED_QUERIES, None]] = -torch.inf
-    row, column = relevance.pairs(slice(0, len(query_nD)))
+    row, column = relevance.pairs(sampled)
     logits[row.to(logits.device), column.to(logits.device)] = -torch.inf
-    numbers = torch.arange(len(query_nD), device=logits.device)
+    numbers = torch.arange(sampled.stop, device=logits.device)
     first_n = torch.searchsorted(batch.owner_M, numbers)
-    own = (query_nD * batch.positive_MD[first_n]).sum(1, keepdim=True) / temperature
-    return mean_softmax(torch.cat([own, logits], dim=1))
+    own_n = batch.own_similarities()[first_n] / temperature
+    return mean_softmax(torch.cat([own_n[:, None], logits], dim=1))
 
 
 def mean_softmax(logits: Tensor) -> Softmax | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vembed.chunking import take_rows
+from vembed.token_vectors import cat_items, pad_tokens
 from vembed.training.data_utils import (
     ROLES,
     TEACHER_PREFIX,
@@ -136,7 +137,10 @@ def cutting_error(
                 *_join([embed_in_chunks(trainer, share) for share in shares]).values(),
                 *_join([_teach_in_chunks(trainer, share) for share in shares]).values(),
             ]
-            errors = [(c - w).abs().max() / w.abs().max() for c, w in zip(cut, whole, strict=True)]
+            errors = [
+                (pad_tokens(c, w.shape[1]) - w).abs().max() / w.abs().max()
+                for c, w in zip(cut, whole, strict=True)
+            ]
             largest = torch.stack([largest, *errors]).max()
     return float(largest)
 
@@ -187,7 +191,7 @@ def _in_chunks(
         outputs[chunk.role].append(encode(trainer, taken))
         rows[chunk.role] += chunk.rows
     return {
-        role: torch.cat(of_role)[torch.tensor(rows[role]).argsort()]
+        role: cat_items(of_role)[torch.tensor(rows[role]).argsort()]
         for role, of_role in outputs.items()
     }
 
@@ -195,7 +199,7 @@ def _in_chunks(
 def _join(parts: Sequence[Embeddings]) -> Embeddings:
     """The rows of all processes; a process may have none of a role, such as hard negatives."""
     roles = [role for role in ROLES if any(role in part for part in parts)]
-    return {role: torch.cat([part[role] for part in parts if role in part]) for role in roles}
+    return {role: cat_items([part[role] for part in parts if role in part]) for role in roles}
 
 
 def _backward(

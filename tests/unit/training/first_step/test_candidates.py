@@ -5,9 +5,12 @@ import math
 import pytest
 import torch
 
-from tests.unit.training.first_step.batches import hand_made, healthy
+from tests.unit.training.first_step.batches import hand_made, healthy, report_on
+from vembed.losses.comparison import MaxSim
 from vembed.losses.info_nce import InfoNCE
+from vembed.losses.late_interaction import MaxSimInfoNCE
 from vembed.losses.margins import Margins
+from vembed.token_vectors import pad_tokens
 from vembed.training.first_step.candidates import Spread, look_at_candidates, mean_softmax
 
 
@@ -122,3 +125,17 @@ def test_a_spread_reads_as_one_number_where_it_is_one():
     assert str(spread(7, 7)) == "7"
     assert str(spread(1.00000001, 0.99999999)) == "1"
     assert str(spread(12, 20, 31)) == "21 (12 to 31)"
+
+
+def test_tokens_are_compared_by_the_similarity_of_the_loss():
+    """One token for each item: the numbers are those of one vector for each."""
+    student, extras = healthy()
+    tokens = {role: vectors[:, None] for role, vectors in student.items()}
+    padded = {role: pad_tokens(vectors, 3) for role, vectors in tokens.items()}
+    margins = Margins(absolute=0.1)
+    expected = look(student, extras, margins=margins)
+    assert look(padded, extras, margins=margins, comparison=MaxSim(mean=True)) == expected
+    report = report_on(padded, extras, MaxSimInfoNCE(temperature=0.1))
+    assert report.candidates == look(student, extras)
+    assert report.embeddings is None
+    assert report.temperature.value == pytest.approx(0.1)

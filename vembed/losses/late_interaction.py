@@ -1,0 +1,65 @@
+"""The contrastive loss of models that keep a vector for each token."""
+
+from __future__ import annotations
+
+from vembed.errors import ConfigError
+from vembed.losses.comparison import MaxSim
+from vembed.losses.info_nce import InfoNCE
+from vembed.losses.tiling import TileSize
+
+
+class MaxSimInfoNCE(InfoNCE):
+    r"""InfoNCE with MaxSim in the place of the cosine (ColBERT; ColPali, Faysse et al., 2024).
+
+        s(q, d) = 1 / (|q| temperature) sum_{i in q} max_{j in d} cos(q_i, d_j)
+
+    over the tokens i of the query and j of the document. The rest is that of `InfoNCE`: negatives
+    of all processes, several positives, masked copies, margins, both directions, tiles.
+
+    It takes token vectors `[B, T, D]`, `[M, T, D]` and `[K, T, D]`; rows of zeros are padding and
+    count on neither side.
+    """
+
+    takes_tokens = True
+
+    def __init__(
+        self,
+        temperature: float = 0.05,
+        learn_temperature: bool = False,
+        bidirectional: bool = False,
+        tile_size: TileSize = "auto",
+        *,
+        absolute_margin: float | None = None,
+        relative_margin: float | None = None,
+        normalize_scores: bool = True,
+    ) -> None:
+        """Assign and check; arguments beside the last one are those of `InfoNCE`.
+
+        Args:
+            temperature: Divides similarities.
+            learn_temperature: Train it.
+            bidirectional: Also rank the queries for each positive.
+            tile_size: Queries and documents of a tile; it holds as many similarities of tokens as
+                they have. `auto`: 32 MB of them.
+            absolute_margin: On the scale of the mean over a query's tokens.
+            relative_margin: Likewise.
+            normalize_scores: Divide by the number of a query's tokens, so that a temperature means
+                the same for short and long queries. ColBERT itself does not: it adds up.
+
+        Raises:
+            ConfigError: as `InfoNCE` does, or for a margin on scores that are not normalised.
+        """
+        super().__init__(
+            temperature,
+            learn_temperature,
+            bidirectional,
+            tile_size,
+            absolute_margin=absolute_margin,
+            relative_margin=relative_margin,
+        )
+        if not normalize_scores and (absolute_margin, relative_margin) != (None, None):
+            raise ConfigError(
+                "normalize_scores: margins are on the scale of cosines, which scores that add up "
+                "leave. Received: false, with a margin. Set it to true, or leave the margin out"
+            )
+        self.comparison = MaxSim(mean=normalize_scores)
