@@ -103,4 +103,15 @@ def test_settings_written_in_the_text_are_accepted():
 def test_programs_of_the_bash_blocks_are_known():
     lines = [line for block in blocks("bash") for line in block.splitlines()]
 
-    assert {line.split()[0] for line in lines} == {"make", "source", "vembed", "accelerate"}
+    programs = {line.removeprefix("PYTHONPATH=examples ").split()[0] for line in lines}
+    assert programs == {"make", "source", "vembed", "accelerate", "python"}
+
+
+def test_commands_of_an_encoder_of_your_own_are_those_of_the_example():
+    """Which `test_examples.py` runs."""
+    (block,) = [block for block in blocks("bash") if "text_cnn" in block]
+    example = (REPOSITORY / "examples/text_cnn.py").read_text()
+
+    assert len(block.splitlines()) == 2
+    for line in block.splitlines():
+        assert f"\n    {line}\n" in example
