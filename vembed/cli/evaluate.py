@@ -72,6 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         help="hosts that images may be fetched from (default: none, URLs are refused)")  # fmt: skip
     add("--column_mapping", nargs="+", metavar="FIELD=COLUMN", default=[],
         help="our field name and your column name, as in query=question")  # fmt: skip
+    add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
+        "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
     add("--batch_size", type=int, help="most items in a forward pass; their length decides else")
     add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
     add("--json", action="store_true", help="print one JSON object of all metrics, nothing else")
@@ -88,7 +90,7 @@ def _column_mapping(pairs: Sequence[str]) -> dict[str, str] | None:
 def _measure(model: str, task: EvalTask, arguments: argparse.Namespace) -> EvalResult:
     from vembed.inference import Predictor, encode_items
 
-    predictor = Predictor(model, device=arguments.device)
+    predictor = Predictor(model, device=arguments.device, encoder_mode=arguments.encoder_mode)
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ConfigError(f"--batch_size: must be at least 1. Received: {arguments.batch_size}")
 

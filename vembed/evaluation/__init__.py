@@ -4,6 +4,7 @@ Reports are in `vembed.evaluation.report`, apart because they load matplotlib.
 """
 
 from vembed.evaluation.beir import read_beir, write_beir
+from vembed.evaluation.gallery import Gallery, choose_gallery
 from vembed.evaluation.intervals import Interval, MetricChange, compare, confidence_intervals
 from vembed.evaluation.labelled import LabelledTask
 from vembed.evaluation.metrics import compute_metrics, metric_label
@@ -17,6 +18,7 @@ __all__ = [
     "Encode",
     "EvalResult",
     "EvalTask",
+    "Gallery",
     "GradedPairsTask",
     "Interval",
     "LabelledTask",
@@ -25,6 +27,7 @@ __all__ = [
     "MovedQuery",
     "Rankings",
     "RetrievalTask",
+    "choose_gallery",
     "compare",
     "compute_metrics",
     "confidence_intervals",

@@ -5,6 +5,7 @@ Every text that comes from data or settings is escaped.
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from vembed.evaluation.gallery import Gallery
 from vembed.evaluation.intervals import RESAMPLES, SWAPS, MetricChange
 from vembed.evaluation.metrics import metric_label
 from vembed.evaluation.moved import MovedQueries, MovedQuery
@@ -21,7 +23,10 @@ _SHOWN_CHARACTERS = 240
 
 @dataclass(frozen=True)
 class ReportData:
-    """What the page shows; see `write_report`. `curves` are `<svg>` elements."""
+    """What the page shows; see `write_report`.
+
+    `curves` are `<svg>` elements, `gallery_png` is the picture of `gallery`.
+    """
 
     title: str
     changes: Sequence[MetricChange]
@@ -29,6 +34,8 @@ class ReportData:
     curves: Sequence[str]
     settings: Mapping[str, Any]
     facts: Mapping[str, Any]
+    gallery: Gallery | None = None
+    gallery_png: bytes = b""
 
 
 def build_page(data: ReportData) -> str:
@@ -38,6 +45,7 @@ def build_page(data: ReportData) -> str:
         for part in (
             _header(data),
             _measurements(data),
+            _gallery(data),
             _curves(data.curves),
             _moved(data.moved),
             _facts(data.facts),
@@ -193,6 +201,18 @@ def _dumbbell(change: MetricChange, axis: _Axis) -> str:
     )
     label = f"{metric_label(change.metric)}: before {change.before:.3f}, after {change.after:.3f}"
     return f'<svg class="dumbbell" role="img" aria-label="{escape(label)}">{grid}{sides}</svg>'
+
+
+def _gallery(data: ReportData) -> str:
+    if data.gallery is None:
+        return ""
+    encoded = base64.b64encode(data.gallery_png).decode()
+    words = escape(data.gallery.describe())
+    return f"""<section>
+<h2>What queries found</h2>
+<figure class="gallery"><img src="data:image/png;base64,{encoded}" alt="{words}"></figure>
+<p class="note">{words}</p>
+</section>"""
 
 
 def _curves(curves: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vembed.evaluation.curves import History, build_panels, panel_svg, write_png
+from vembed.evaluation.gallery import Gallery, gallery_png
 from vembed.evaluation.intervals import MetricChange
 from vembed.evaluation.metrics import metric_label
 from vembed.evaluation.moved import MovedQueries, MovedQuery
@@ -19,6 +20,7 @@ from vembed.evaluation.page import ReportData, build_page, format_p_value, short
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
+GALLERY_FILE = "gallery.png"
 
 _STYLES = {"better": "bold green", "worse": "bold red", "unclear": "dim"}
 
@@ -82,8 +84,12 @@ def write_report(
     history: History,
     settings: Mapping[str, Any],
     facts: Mapping[str, Any],
+    gallery: Gallery | None = None,
 ) -> Path:
-    """Write `report.html`, one file that needs nothing else, and the curves again as `curves.png`.
+    """Write `report.html`, one file that needs nothing else.
+
+    Its pictures are also beside it: the curves as `curves.png`, what queries found as
+    `gallery.png`.
 
     Args:
         folder: Made when missing; an earlier report in it is replaced.
@@ -93,6 +99,7 @@ def write_report(
         history: Lines of `metrics.jsonl`; may be empty.
         settings: The resolved configuration. All of it is shown: leave secrets out.
         facts: What to know about the run (model, sizes, time, device, versions), by label.
+        gallery: From `choose_gallery`; None for tasks without images.
 
     Returns:
         The path of the page.
@@ -102,6 +109,11 @@ def write_report(
     panels = build_panels(history, [change.metric for change in changes])
     if panels:
         write_png(panels, folder / CURVES_FILE)
+    picture = b""
+    (folder / GALLERY_FILE).unlink(missing_ok=True)
+    if gallery is not None:
+        picture = gallery_png(gallery)
+        (folder / GALLERY_FILE).write_bytes(picture)
     data = ReportData(
         title=title,
         changes=changes,
@@ -109,6 +121,8 @@ def write_report(
         curves=[panel_svg(panel) for panel in panels],
         settings=settings,
         facts=facts,
+        gallery=gallery,
+        gallery_png=picture,
     )
     page = folder / REPORT_FILE
     page.write_text(build_page(data), encoding="utf-8")

@@ -21,11 +21,19 @@ Encode = Callable[[Sequence[Item], Role], Vectors]
 
 @dataclass(frozen=True)
 class Rankings:
-    """Which documents each query found: to show, and to follow a query from model to model."""
+    """Which documents each query found: to show, and to follow a query from model to model.
+
+    Attributes:
+        queries: What was asked.
+        documents: What could be found.
+        neighbours: What was found, by document number.
+        relevant: For each query, the numbers of the documents that are relevant.
+    """
 
     queries: Sequence[Item]
     documents: Sequence[Item]
     neighbours: Neighbours
+    relevant: Sequence[NDArray[np.int64]]
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,12 @@ class RetrievalTask:
             items="queries",
             headline=HEADLINE,
             per_item=per_item,
-            rankings=Rankings(self.queries, self.documents, neighbours),
+            rankings=Rankings(
+                self.queries,
+                self.documents,
+                neighbours,
+                relevant=[documents for documents, _ in self._relevant],
+            ),
         )
 
     def _judge(self, block: range) -> Judgements:

@@ -14,7 +14,14 @@ from rich.console import Console
 
 from vembed import __version__
 from vembed.config import TrainConfig
-from vembed.evaluation import EvalResult, MetricChange, MovedQueries, compare, moved_queries
+from vembed.evaluation import (
+    EvalResult,
+    MetricChange,
+    MovedQueries,
+    choose_gallery,
+    compare,
+    moved_queries,
+)
 from vembed.training.training_loop import TrainState
 
 
@@ -88,6 +95,7 @@ def report(result: RunResult, config: TrainConfig, facts: Mapping[str, str]) -> 
         history=result.state.history,
         settings=config.model_dump(mode="json"),
         facts={**facts, "training time": f"{result.train_seconds:.0f} s", "versions": versions},
+        gallery=choose_gallery(result.proof.before, result.proof.after),
     )
     return replace(result, report_path=path)
 

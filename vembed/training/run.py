@@ -85,7 +85,12 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     model_path = chosen_model(Path(config.output_dir))
     after = None
     if before is not None:
-        trained = load_encoder(str(model_path)).to(accelerator.device)
+        trained = load_encoder(
+            str(model_path),
+            # Of an encoder of the user's own, the folder does not say what reads it.
+            encoder_mode=config.encoder_mode,
+            trust_remote_code=config.trust_remote_code,
+        ).to(accelerator.device)
         after = _measure(data.test_task, trained, accelerator, config)
     result = RunResult(model_path, trainer.state, seconds, prove(before, after))
     if accelerator.is_main_process:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from vembed import quickstart
 from vembed.cli import main
 from vembed.errors import ConfigError
+from vembed.quickstart import text as quickstart
 from vembed.training.config import load_and_parse_config
 
 REPOSITORY = Path(__file__).parents[3]
