@@ -17,7 +17,7 @@ COMMANDS = {
     "verify": ("vembed.cli.verify", "prove that gradients are exact, for your own settings"),
     "quickstart": (
         "vembed.quickstart",
-        "the main job on embedded data, in minutes: text, or images",
+        "the main job on embedded data: text, or images",
     ),
 }
 
