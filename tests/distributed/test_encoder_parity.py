@@ -100,9 +100,10 @@ def test_a_loss_without_a_gather_is_seen_by_every_tower(verify):
 def test_gradients_in_less_than_the_weights_precision_hide_no_mistake(verify, pair):
     """SigLIP 2 adds up its positions' gradient in float32: the reference must be cut alike."""
     right = verify("siglip2", "t2i", AS_CONFIGURED)
-    assert {result.reference for result in right.results} == {"whole", "replayed"}
-    (error,) = {result.cutting_error for result in right.results if result.reference == "replayed"}
-    assert 1e-12 < error < 1e-6
+    replayed = [result for result in right.results if result.reference == "replayed"]
+    assert replayed
+    assert not failures(right)
+    assert all(1e-12 < result.cutting_error < 1e-6 for result in replayed)
     pair.run(scale_gradients, 1 + 1e-9, what="breaking the reduction")
     try:
         wrong = verify("siglip2", "t2i", AS_CONFIGURED)
