@@ -60,7 +60,7 @@ def put_in_cache(checkout: Path) -> dict[str, str]:
 )
 def test_the_command_of_the_specification(checkout, put, less):
     """As it is written; the second time with less to do."""
-    program, *arguments = shlex.split(f"{COMMAND} {less}")
+    program, *arguments = shlex.split(COMMAND.replace("\\\n", "") + f" {less}")
     done = subprocess.run(
         [BIN / program, *arguments],
         cwd=checkout,

@@ -202,6 +202,9 @@ def test_projections_go_on_training_and_the_log_says_what_is_adapted(tmp_path, c
 DECODER = "down_proj x2, gate_proj x2, k_proj x2, o_proj x2, q_proj x2, up_proj x2, v_proj x2"
 ENCODER = "fc1 x2, fc2 x2, k_proj x2, out_proj x2, q_proj x2, v_proj x2"
 OF_FAMILY = {
+    "bert": "dense x6, key x2, query x2, value x2",
+    "modernbert": "Wi x2, Wo x4, Wqkv x2",
+    "qwen3": DECODER,
     "clip": f"text_model: {ENCODER}; vision_model: {ENCODER}",
     "siglip": f"text_model: {ENCODER}; vision_model: {ENCODER}",
     "siglip2": f"text_model: {ENCODER}; vision_model: "

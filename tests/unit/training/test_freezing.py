@@ -185,6 +185,9 @@ def test_optimizer_state_begins_with_the_first_gradient(tmp_path):
 
 # Of each family two parts: the first is never trained, the second after one step.
 PARTS = {
+    "bert": ("backbone.embeddings", "backbone.encoder.layer.1"),
+    "modernbert": ("backbone.layers.0", "backbone.final_norm"),
+    "qwen3": ("backbone.embed_tokens", "backbone.layers.*.mlp"),
     "clip": ("backbone.text_model.embeddings", "backbone.vision_model.encoder.layers.0"),
     "siglip": ("backbone.vision_model.head", "backbone.text_model.encoder.layers.1"),
     "siglip2": ("backbone.*.embeddings", "backbone.vision_model.head"),
