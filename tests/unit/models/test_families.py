@@ -133,6 +133,9 @@ def test_adapters_train_and_are_merged_into_what_is_saved(family, tmp_path):
     mode = f"{MODALITIES[family][0]}2{MODALITIES[family][-1]}"
     trainer = make_trainer(family_path(family), mode, tmp_path, use_lora=True, lr=0.1)
     encoder = trainer.model
+    trained = [name for name, p in encoder.named_parameters() if p.requires_grad]
+    beside = (".lora_", ".modules_to_save.", "projections.")  # heads train as they are
+    assert all(any(part in name for part in beside) for name in trained)
     trainer.train()
     letter = mode[2]
     trained = vectors(encoder, items(letter))
