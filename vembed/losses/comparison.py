@@ -151,7 +151,7 @@ class MaxSim:
         # scatter of vectors they add up in the same order on every device.
         weights = weights_rc.new_zeros(*seen.shape, columns.shape[1])
         given = weights_rc[:, None, :, None].expand(*seen.shape, 1)
-        weights.scatter_(3, seen.unsqueeze(-1), given).masked_fill_(~real_tokens(columns), 0)
+        weights.scatter_(3, seen.unsqueeze(-1), given)
         of_tokens = weights.view(rows.shape[0] * rows.shape[1], -1)
         if grad_rows is not None:
             grad_rows.flatten(0, 1).addmm_(of_tokens, columns.flatten(0, 1))
