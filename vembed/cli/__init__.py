@@ -15,10 +15,7 @@ COMMANDS = {
     "encode": ("vembed.cli.encode", "turn the rows of a file into vectors (.npy)"),
     "check": ("vembed.cli.check", "check settings and all data without training"),
     "verify": ("vembed.cli.verify", "prove that gradients are exact, for your own settings"),
-    "quickstart": (
-        "vembed.quickstart",
-        "the main job on embedded data: text, or images",
-    ),
+    "quickstart": ("vembed.quickstart", "the main job in minutes, on its own data: text or images"),
 }
 
 
