@@ -19,6 +19,12 @@ def blocks(language: str, *, document: Path = README) -> list[str]:
     return [code for name, code in _BLOCK.findall(text) if name == language]
 
 
+def block_with(language: str, text: str) -> str:
+    """The one code block of a language that has `text` in it."""
+    (block,) = [block for block in blocks(language) if text in block]
+    return block
+
+
 def commands(program: str, *, document: Path = README) -> list[list[str]]:
     """The words of every command line in bash blocks that starts with `program`."""
     lines = "".join(blocks("bash", document=document)).replace("\\\n", " ").splitlines()

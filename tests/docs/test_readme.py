@@ -10,7 +10,7 @@ import pytest
 import yaml
 from sentence_transformers import MultiVectorEncoder
 
-from tests.docs.readme import README, REPOSITORY, blocks, commands
+from tests.docs.readme import README, REPOSITORY, block_with, blocks, commands
 from tests.pictures import mode_rows, write_pictures
 from tests.tiny import PAIRS, tiny_clip, write_rows
 from tests.unit.models.families import family_path
@@ -27,7 +27,7 @@ OWN_DATA = [words for words in commands("vembed") if "pairs.jsonl" in words and 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder but for the rows that the README shows, and enough like them to train on."""
-    shown = [json.loads(line) for line in blocks("json")[1].splitlines()]
+    shown = [json.loads(line) for line in block_with("json", "boil an egg").splitlines()]
     write_rows(tmp_path / "pairs.jsonl", [*shown, *PAIRS])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -39,14 +39,14 @@ def run(words, model_path) -> int:
 
 def test_pictures_as_they_are_typed(folder):
     """The rows that the README shows are rows of the quickstart, and its settings train on them."""
-    shown = [json.loads(line) for line in blocks("json")[0].splitlines()]
+    shown = [json.loads(line) for line in block_with("json", "black star").splitlines()]
     task = build_symbol_search(folder / "photos", keep=lambda character: character in "★|∣+-=<>")
     written = {
         row["query"]: row["positive"]
         for row in map(json.loads, task.train.read_text(encoding="utf-8").splitlines())
     }
     (command,) = [words for words in commands("vembed") if "photos.yaml" in words]
-    (yaml_block,) = blocks("yaml")
+    yaml_block = block_with("yaml", "photos.jsonl")
     tiny_clip(folder / "clip")
     (folder / "photos.yaml").write_text(yaml_block.replace("openai/clip-vit-base-patch32", "clip"))
     task.train.rename(folder / "photos.jsonl")
@@ -86,7 +86,7 @@ def test_a_vector_for_each_token(folder, tiny_st_path):
     assert vectors.shape == (offsets[-1], 128)
     assert len(offsets) == len(PAIRS) + 3
     theirs = MultiVectorEncoder(str(folder / "runs/late/final"), device="cpu")
-    first = theirs.encode([json.loads(blocks("json")[0].splitlines()[0])["positive"]])[0]
+    first = theirs.encode([json.loads(block_with("json", "boil an egg").splitlines()[0])["positive"]])[0]
     np.testing.assert_allclose(vectors[: offsets[1]], first, atol=2e-6)
 
 
@@ -108,7 +108,7 @@ def test_yaml_blocks_run(folder, tiny_st_path, capfd):
     texts = ["--model_name", str(tiny_st_path), "--data_path", "pairs.jsonl"]
     images = ["--text_model_name", str(tiny_st_path), "--data_path", "images.jsonl",
               "--image_model_name", str(family_path("dinov2"))]  # fmt: skip
-    yamls = blocks("yaml")
+    yamls = [block for block in blocks("yaml") if "photos.jsonl" not in block]
     for number, text in enumerate(yamls):
         (folder / "part.yaml").write_text(text)
         own = images if "image_model_name" in text else texts
