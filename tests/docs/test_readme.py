@@ -86,7 +86,8 @@ def test_a_vector_for_each_token(folder, tiny_st_path):
     assert vectors.shape == (offsets[-1], 128)
     assert len(offsets) == len(PAIRS) + 3
     theirs = MultiVectorEncoder(str(folder / "runs/late/final"), device="cpu")
-    first = theirs.encode([json.loads(block_with("json", "boil an egg").splitlines()[0])["positive"]])[0]
+    (row, *_) = map(json.loads, block_with("json", "boil an egg").splitlines())
+    (first,) = theirs.encode([row["positive"]])
     np.testing.assert_allclose(vectors[: offsets[1]], first, atol=2e-6)
 
 
