@@ -23,7 +23,7 @@ OWN_DATA = [words for words in commands("vembed") if "pairs.jsonl" in words]
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """An empty folder but for the rows that the README shows, and enough like them to train on."""
-    shown = [json.loads(line) for line in blocks("json")[1].splitlines()]
+    shown = [json.loads(line) for line in blocks("json")[0].splitlines()]
     write_rows(tmp_path / "pairs.jsonl", [*shown, *PAIRS])
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -35,16 +35,17 @@ def run(words, model_path) -> int:
 
 def test_pictures_as_they_are_typed(folder):
     """The rows that the README shows are rows of the quickstart, and its settings train on them."""
-    shown = [json.loads(line) for line in blocks("json")[0].splitlines()]
+    (rows,) = [block for block in blocks("json") if "images/" in block]
+    shown = [json.loads(line) for line in rows.splitlines()]
     task = build_symbol_search(folder / "photos", keep=lambda character: character in "★|∣+-=<>")
     written = {
         row["query"]: row["positive"]
         for row in map(json.loads, task.train.read_text(encoding="utf-8").splitlines())
     }
     (command,) = [words for words in commands("vembed") if "photos.yaml" in words]
-    (yaml_block,) = blocks("yaml")
+    (settings,) = [block for block in blocks("yaml") if "photos" in block]
     tiny_clip(folder / "clip")
-    (folder / "photos.yaml").write_text(yaml_block.replace("openai/clip-vit-base-patch32", "clip"))
+    (folder / "photos.yaml").write_text(settings.replace("openai/clip-vit-base-patch32", "clip"))
     task.train.rename(folder / "photos.jsonl")
 
     assert len(shown) == 2
