@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from vembed.errors import ConfigError, did_you_mean
+from vembed.image_urls import read_host
 from vembed.images import MOST_PIXELS
 
 ALIASES = {"learning_rate": "lr", "model_name_or_path": "model_name"}
@@ -68,12 +69,6 @@ def _split_trackers(value: Any) -> Any:
     if words == ["none"]:
         return []
     return list(get_args(Tracker)) if words == ["all"] else list(dict.fromkeys(words))
-
-
-def _host(value: str) -> str:
-    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d+)?", value, re.IGNORECASE):
-        raise ValueError("expected host or host:port, as in example.org")
-    return value.lower()
 
 
 Int = Annotated[int, BeforeValidator(_no_bool)]
@@ -120,7 +115,7 @@ Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
 LrChoice = Annotated[float | dict[str, float], BeforeValidator(_read_lr_choice)]
 PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_or_auto(1))]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
-ImageHost = Annotated[str, AfterValidator(_host)]
+ImageHost = Annotated[str, AfterValidator(read_host)]
 TileSize = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(1))]
 
 
@@ -347,10 +342,14 @@ class TrainConfig(BaseModel):
     loss_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of the loss"
     )
-    temperature: Float = Field(0.05, gt=0, description="Similarities are divided by it")
-    learn_temperature: bool = Field(
-        False,
-        description="Train the temperature, from the one given, else from that of a CLIP or SigLIP",
+    temperature: Float | None = Field(
+        None,
+        gt=0,
+        description="Similarities are divided by it; null: that of a CLIP or SigLIP, else 0.05",
+    )
+    learn_temperature: bool | None = Field(
+        None,
+        description="Train the temperature; null: if it is of a CLIP or SigLIP and the loss can",
     )
     loss_bidirectional: bool = Field(
         False, description="Also rank the queries for each positive, and average"

@@ -11,6 +11,7 @@ import hashlib
 import http.client
 import ipaddress
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -136,6 +137,17 @@ def find_url(url: str, *, limits: ImageLimits, where: str = "") -> ImageUrl:
     return source
 
 
+def read_host(host: str) -> str:
+    """A host as `ImageLimits.hosts` has it.
+
+    Raises:
+        ValueError: if it is no `name` or `name:port`.
+    """
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?(:\d+)?", host, re.IGNORECASE):
+        raise ValueError("expected host or host:port, as in example.org")
+    return host.lower()
+
+
 def cache_folder() -> Path:
     """Where fetched images are kept: a folder beside the caches of Hugging Face."""
     home = os.environ.get("HF_HOME", os.path.join("~", ".cache", "huggingface"))
@@ -192,7 +204,8 @@ def _opener(source: ImageUrl) -> urllib.request.OpenerDirector:
     """Opens http and https, and nothing else, for one image."""
     names = {urlsplit(f"//{host}").hostname for host in source.limits.hosts}
 
-    def check_peer(host: str, peer: socket.socket) -> None:
+    def check_peer(written: str, peer: socket.socket) -> None:
+        host = written.lower().rstrip(".")
         # After connecting, not by a look-up of our own: a name may resolve differently each time.
         # An address that the user wrote in image_hosts is meant; a proxy is no host of ours.
         address = peer.getpeername()[0]

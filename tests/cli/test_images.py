@@ -101,6 +101,26 @@ def test_evaluate_fetches_from_named_hosts_only(folder, capsys):
     assert (status, "a host in image_hosts (a.org)" in err) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--max_image_pixels", 10), "must not have more than 10 pixels"),
+        (("--max_image_pixels", 0), "--max_image_pixels: must be from 1 to"),
+        (("--image_hosts", "http://a.org"), "--image_hosts: expected host or host:port"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "encode"])
+def test_image_options_are_those_of_training(folder, capsys, command, options, expected):
+    write_rows("rows.jsonl", [{"query": "a", "image": "red.png"}])
+    of_command = {
+        "evaluate": ("--retrieval_mode", "t2i"),
+        "encode": ("--modality", "i", "--output", "out.npy"),
+    }
+    arguments = (command, "--model", folder, "--data", "rows.jsonl", *of_command[command])
+    status, _, err = run(capsys, *arguments, *options)
+    assert (status, expected in err) == (2, True), err
+
+
 @pytest.mark.parametrize("modality", ["i", "m"])
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])
 def test_encode(folder, capsys, modality, ending):

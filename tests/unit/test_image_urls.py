@@ -112,9 +112,10 @@ def test_a_redirect_to_the_same_host_is_followed(server):
     assert server.asked == ["/red.png", "/blue.png"]
 
 
-def test_a_name_of_this_machine_is_no_public_host(server):
-    host = f"localhost:{server.server_port}"
-    source = find_url(f"http://{host}/red.png", limits=ImageLimits(hosts=(host,)))
+@pytest.mark.parametrize("name", ["localhost", "LocalHost"])
+def test_a_name_of_this_machine_is_no_public_host(server, name):
+    limits = ImageLimits(hosts=(f"localhost:{server.server_port}",))
+    source = find_url(f"http://{name}:{server.server_port}/red.png", limits=limits)
     with pytest.raises(ImageError, match="must have a public address.*whose host 'localhost' is"):
         source.open()
     assert server.asked == []

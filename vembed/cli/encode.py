@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from vembed.cli.image_options import add_image_options, image_rules
 from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError, DataError
 from vembed.modes import MODALITIES, MULTIMODAL, TEXT, Item
@@ -82,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="what a row is: t text (the default), i image, m both")  # fmt: skip
     add("--column", default="text", help="column that holds the text (default: text)")
     add("--image_column", default="image", help="column that holds the image (default: image)")
-    add("--image_root", help="folder that image paths are relative to (default: that of the file)")
-    add("--image_hosts", nargs="+", metavar="HOST", default=[],
-        help="hosts that images may be fetched from (default: none, URLs are refused)")  # fmt: skip
+    add_image_options(parser)
     add("--id_column", help=f"column that names the row (default: {' or '.join(ID_COLUMNS)}, "
         "else the line number)")  # fmt: skip
     add("--role", choices=["query", "document"], help="use the model's prompt for this role")
@@ -174,9 +173,8 @@ def _item(
 
 def _cells(arguments: argparse.Namespace, folder: str | None) -> CellReader:
     from vembed.data.cells import CellReader
-    from vembed.data.rules import ImageRules
 
-    rules = ImageRules(arguments.image_root, hosts=tuple(arguments.image_hosts))
+    rules = image_rules(arguments)
     return CellReader(rules.folder(folder), rules.limits)
 
 

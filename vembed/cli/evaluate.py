@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from vembed.cli.image_options import add_image_options, image_rules
 from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError
 
@@ -27,15 +28,15 @@ def main(argv: list[str]) -> int:
     """
     arguments = _parser().parse_args(argv)
     mapping = _column_mapping(arguments.column_mapping)
+    rules = image_rules(arguments)
     # After the arguments are checked, because it imports torch.
-    from vembed.data import ImageRules
     from vembed.evaluation import compare, load_eval_task
 
     task = load_eval_task(
         arguments.data,
         column_mapping=mapping,
         retrieval_mode=arguments.retrieval_mode,
-        images=ImageRules(arguments.image_root, hosts=tuple(arguments.image_hosts)),
+        images=rules,
         split=arguments.split,
     )
     result = _measure(arguments.model, task, arguments)
@@ -67,9 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--split", default="test", help="qrels of a BEIR folder, or split of a hub data set")
     add("--retrieval_mode", default="t2t",
         help="query and document: t text, i image, m both, as in t2i (default: t2t)")  # fmt: skip
-    add("--image_root", help="folder that image paths are relative to (default: that of the data)")
-    add("--image_hosts", nargs="+", metavar="HOST", default=[],
-        help="hosts that images may be fetched from (default: none, URLs are refused)")  # fmt: skip
+    add_image_options(parser)
     add("--column_mapping", nargs="+", metavar="FIELD=COLUMN", default=[],
         help="our field name and your column name, as in query=question")  # fmt: skip
     add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "

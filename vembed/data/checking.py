@@ -125,13 +125,16 @@ def _parsed_rows(
 def _with_images_checked(rows: Iterable[CheckedRow], *, decode: bool) -> Iterator[CheckedRow]:
     """The same rows; one with an image that cannot be used becomes its problem."""
     left = iter(rows)
-    known: set[ImageSource] = set()
+    # Not the images, which may hold all their bytes.
+    known: set[tuple[type, str]] = set()
     with ThreadPoolExecutor(_THREADS) as pool:
         while window := list(islice(left, _WINDOW_ROWS)):
-            found = broken_images(_images_of(window) - known, pool, decode=decode)
+            named = {(type(image), image.identity): image for image in _images_of(window)}
+            unseen = [image for key, image in named.items() if key not in known]
+            found = broken_images(unseen, pool, decode=decode)
             if len(known) > _KNOWN_IMAGES:
                 known.clear()
-            known |= _images_of(window) - found.keys()
+            known |= {key for key, image in named.items() if image not in found}
             for checked in window:
                 problem = _first_problem(checked.row, found)
                 yield checked if problem is None else checked._replace(row=problem)

@@ -26,6 +26,10 @@ DISTILLATION_LOSSES = {"similarity_kl": "vembed.losses.distillation:SimilarityKL
 """Distillation losses by name."""
 
 
+DEFAULT_TEMPERATURE = 0.05
+"""What similarities are divided by where nothing else says."""
+
+
 class Criterion(Protocol):
     """A loss: embeddings to a scalar.
 
@@ -82,7 +86,7 @@ class DistillationLoss(Protocol):
 def build_criterion(
     loss_type: str | type | Criterion,
     *,
-    temperature: float = 0.05,
+    temperature: float = DEFAULT_TEMPERATURE,
     learn_temperature: bool = False,
     bidirectional: bool = False,
     tile_size: int | Literal["auto"] = "auto",
@@ -109,9 +113,7 @@ def build_criterion(
         "tile_size": tile_size,
     }
     chosen = resolve("loss_type", loss_type, LOSSES)
-    makes_one = isinstance(chosen, type) or (
-        inspect.isroutine(chosen) and "query" not in inspect.signature(chosen).parameters
-    )
+    makes_one = _makes_a_loss(chosen)
     accepted = accepted_arguments(chosen, settings) if makes_one else {}
     asked = [name for name in ("learn_temperature", "bidirectional") if settings[name]]
     asked += ["tile_size"] if tile_size != "auto" else []
@@ -125,6 +127,19 @@ def build_criterion(
         return cast(Criterion, chosen)
     made = construct("loss_type", loss_type, LOSSES, accepted | loss_kwargs)
     return cast(Criterion, made)
+
+
+def takes_argument(loss_type: str | type | Criterion, name: str) -> bool:
+    """Whether the loss that `loss_type` names is made with an argument of that name."""
+    chosen = resolve("loss_type", loss_type, LOSSES)
+    return _makes_a_loss(chosen) and name in accepted_arguments(chosen, {name: None})
+
+
+def _makes_a_loss(chosen: Any) -> bool:
+    """Whether it is to be called for a loss, rather than being one."""
+    return isinstance(chosen, type) or (
+        inspect.isroutine(chosen) and "query" not in inspect.signature(chosen).parameters
+    )
 
 
 def build_distillation_loss(

@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 
 from vembed.quickstart.glyphs import IMAGE_SIZE
+from vembed.quickstart.settings import refuse_settings
 from vembed.quickstart.symbols import TEST_FONT, TRAIN_FONTS, SymbolSearch, build_symbol_search
 from vembed.training.config import load_and_parse_config
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 GALLERY_FILE = "gallery.png"
 RECIPE = Path(__file__).with_name("images.yaml")
+OWN_SETTINGS = ("model_name", "data_path", "test_data_path", "image_root")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
     config = load_and_parse_config(
         ["--config", str(RECIPE), *argv], prog="vembed quickstart images"
     )
+    refuse_settings(config, OWN_SETTINGS, recipe="vembed quickstart images")
     console = Console(highlight=False, soft_wrap=True)
     console.print("[bold]vembed quickstart images[/]: teach a model to find symbols by their names")
     console.print("\n[bold]1. Data[/]: symbols, drawn with the fonts that matplotlib carries")
@@ -52,12 +55,8 @@ def main(argv: Sequence[str]) -> int:
         folder / "untrained", texts=task.names, image_size=IMAGE_SIZE, seed=config.seed
     )
     console.print("\n[bold]3. Training[/]: measure it, train it, measure it again")
-    places = {
-        "model_name": str(model),
-        "data_path": str(task.train),
-        "test_data_path": str(task.test),
-        "image_root": str(task.images),
-    }
+    own = (str(model), str(task.train), str(task.test), str(task.images))
+    places = dict(zip(OWN_SETTINGS, own, strict=True))
     for key, value in places.items():
         config[key] = value
     settings = folder / "data" / "train.yaml"

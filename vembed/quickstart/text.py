@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from vembed.config import TrainConfig
 from vembed.quickstart.api_docs import PACKAGES, ApiDocs, build_api_docs
+from vembed.quickstart.settings import refuse_settings
 from vembed.training.config import load_and_parse_config
 
 RECIPE = Path(__file__).with_name("text.yaml")
@@ -26,6 +27,7 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: if a setting is wrong, or a package of the quickstart is not installed.
     """
     config = load_and_parse_config(["--config", str(RECIPE), *argv], prog="vembed quickstart")
+    refuse_settings(config, ("data_path", "test_data_path"), recipe="vembed quickstart")
     console = Console(highlight=False, soft_wrap=True)
     console.print("[bold]vembed quickstart[/]: teach a small encoder to find code by what it does")
     console.print("\n[bold]1. Data[/]: docstrings of the packages installed here")

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from vembed.config import TrainConfig
+from vembed.losses import DEFAULT_TEMPERATURE, takes_argument
 
 logger = logging.getLogger(__name__)
 
@@ -22,23 +23,29 @@ _NAMES = ("logit_scale", "logit_bias")
 _LEARNED_RANGE = (0.01, 1.0)
 
 
-def start_from_checkpoint(config: TrainConfig, encoder: Any) -> None:
-    """Let a temperature that is learned, and not set by the user, start from the encoder's own.
+def resolve_temperature(config: TrainConfig, encoder: Any) -> None:
+    """Settle what the user left open: the temperature, and whether it is trained.
 
-    What it starts from is set in `config`, so that the resolved settings say it.
+    A temperature that is not set is the encoder's own, trained on as it was, where the encoder has
+    one and the loss can; else a fixed number.
 
     Args:
-        config: Changed where `learn_temperature` is set.
+        config: Set in it, so that the resolved settings say it.
         encoder: Has `logits` if its checkpoint has a scale.
     """
     own = getattr(encoder, "logits", {})
-    if not config.learn_temperature or "logit_scale" not in own:
-        return
-    if "temperature" not in config.model_fields_set:
+    is_own = config.temperature is None and "logit_scale" in own
+    if is_own and takes_argument(config.loss_type, "temperature"):
         least, most = _LEARNED_RANGE
         config.temperature = min(max(math.exp(-own["logit_scale"]), least), most)
-        logger.info("temperature starts at %.4g, from the checkpoint", config.temperature)
-    if config.loss_type == "sigmoid" and "logit_bias" in own:
+        if config.learn_temperature is None:
+            config.learn_temperature = takes_argument(config.loss_type, "learn_temperature")
+        how = "starts at" if config.learn_temperature else "is"
+        logger.info("temperature %s %.4g, from the checkpoint", how, config.temperature)
+    if config.temperature is None:
+        config.temperature = DEFAULT_TEMPERATURE
+    config.learn_temperature = bool(config.learn_temperature)
+    if config.loss_type == "sigmoid" and config.learn_temperature and "logit_bias" in own:
         config.loss_kwargs = {"bias": own["logit_bias"], **config.loss_kwargs}
 
 

@@ -19,6 +19,7 @@ from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import (
+    DEFAULT_TEMPERATURE,
     build_criterion,
     build_distillation_loss,
     check_embeddings,
@@ -33,7 +34,7 @@ from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
 from vembed.training.launch_check import check_process_count, check_strategy
-from vembed.training.learned_scale import start_from_checkpoint
+from vembed.training.learned_scale import resolve_temperature
 from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
 from vembed.training.optimizer_builder import (
     build_optimizer,
@@ -180,11 +181,11 @@ def build_trainer(
         ConfigError: if the loss does not fit the encoder, or needs row fields that the data does
             not have.
     """
-    start_from_checkpoint(config, encoder)
+    resolve_temperature(config, encoder)
     criterion = build_criterion(
         config.loss_type,
-        temperature=config.temperature,
-        learn_temperature=config.learn_temperature,
+        temperature=config.temperature or DEFAULT_TEMPERATURE,
+        learn_temperature=bool(config.learn_temperature),
         bidirectional=config.loss_bidirectional,
         tile_size=config.loss_tile_size,
         **config.loss_kwargs,

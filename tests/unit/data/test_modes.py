@@ -2,18 +2,21 @@
 
 import json
 import re
+import tracemalloc
 
 import datasets
 import pytest
 import torch
 
 from tests.own_encoder import PictureProcessor
-from tests.pictures import COLORS, cell, encode, mode_rows, picture, plain, write_pictures
+from tests.pictures import COLORS, cell, encode, mode_rows, noise, picture, plain, write_pictures
 from tests.tiny import write_rows
 from vembed.data import Collator, ImageRules, build_dataloader, load_dataset_records, split_holdout
+from vembed.data.checking import RowRules, checked_rows
+from vembed.data.sources import find_source
 from vembed.errors import ConfigError, DataError
 from vembed.images import ImageBytes, ImageFile, load_image
-from vembed.modes import Item, all_modes
+from vembed.modes import Item, RetrievalMode, all_modes
 
 MODES = [str(mode) for mode in all_modes()]
 NAMES = list(COLORS)
@@ -390,3 +393,20 @@ def test_the_pixel_limit_and_the_check_of_every_pixel(tmp_path, streaming):
     assert len(list(load(path, "i2i", **kwargs))) == 3
     with pytest.raises(DataError, match=r"g\.jsonl:1: query: an image must be whole"):
         list(load(path, "i2i", images=ImageRules(check="decode"), **kwargs))
+
+
+def test_images_of_a_table_are_not_kept_in_memory(tmp_path):
+    pictures = [encode(noise(seed=number), "BMP") for number in range(1000)]
+    table = {"query": [str(number) for number in range(1000)], "positive": pictures}
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict(table).to_parquet(str(path), batch_size=50)
+    size = sum(map(len, pictures))
+    del pictures, table
+    source = find_source(str(path), split="train", own_split=False, streaming=False)
+    rules = RowRules(RetrievalMode.parse("t2i"), image_check="header")
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in checked_rows(source, rules)) == 1000
+        assert tracemalloc.get_traced_memory()[1] < size / 3
+    finally:
+        tracemalloc.stop()

@@ -26,7 +26,7 @@ from vembed.errors import CheckpointError, ConfigError, DataError
 from vembed.images import load_image
 from vembed.losses import build_criterion
 from vembed.modes import Item
-from vembed.training.learned_scale import keep_in_model, start_from_checkpoint
+from vembed.training.learned_scale import keep_in_model, resolve_temperature
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.optimizer_builder import build_optimizer
 from vembed.training.trainer import Trainer
@@ -167,7 +167,6 @@ def trainer_of(path, tmp_path, loss, **settings):
         model_name=str(path),
         retrieval_mode="t2i",
         output_dir=str(tmp_path),
-        learn_temperature=True,
         loss_type=loss,
         lr=0.1,
         optimizer="sgd",
@@ -176,16 +175,40 @@ def trainer_of(path, tmp_path, loss, **settings):
         **settings,
     )
     encoder = build_model(config)
-    start_from_checkpoint(config, encoder)
+    resolve_temperature(config, encoder)
     criterion = build_criterion(
         loss,
         temperature=config.temperature,
-        learn_temperature=True,
+        learn_temperature=config.learn_temperature,
         **config.loss_kwargs,
     )
     optimizer = build_optimizer(encoder, config, criterion)
     batch = batch_for(encoder, "t2i")
     return Trainer(encoder, optimizer, [batch], criterion, Accelerator(cpu=True), config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "temperature", "learned"),
+    [
+        ({}, math.exp(-3), True),
+        ({"temperature": 0.2}, 0.2, False),
+        ({"learn_temperature": False}, math.exp(-3), False),
+        ({"temperature": 0.2, "learn_temperature": True}, 0.2, True),
+        ({"loss_type": "supcon"}, math.exp(-3), False),
+        ({"loss_type": "tests.numerics.broken_losses:WithoutGather"}, 0.05, False),
+    ],
+)
+def test_where_the_temperature_comes_from(tmp_path, settings, temperature, learned):
+    path = with_logits("clip", tmp_path / "model", logit_scale=3.0)
+    config = TrainConfig(model_name=str(path), retrieval_mode="i2i", **settings)
+    resolve_temperature(config, build_model(config))
+    assert (config.temperature, config.learn_temperature) == (pytest.approx(temperature), learned)
+
+
+def test_a_model_without_a_temperature(tmp_path):
+    config = TrainConfig(model_name=str(family_path("vit")), retrieval_mode="i2i")
+    resolve_temperature(config, build_model(config))
+    assert (config.temperature, config.learn_temperature) == (0.05, False)
 
 
 def with_logits(family, folder, **values):
@@ -236,7 +259,8 @@ def test_a_published_scale_beyond_the_clamp_starts_at_its_end(tmp_path):
 
 
 def test_a_temperature_that_the_user_sets_wins(tmp_path):
-    trainer = trainer_of(family_path("clip"), tmp_path, "infonce", temperature=0.5)
+    settings = {"temperature": 0.5, "learn_temperature": True}
+    trainer = trainer_of(family_path("clip"), tmp_path, "infonce", **settings)
     assert float(trainer.criterion.logit_scale) == pytest.approx(-math.log(0.5))
 
 
@@ -244,7 +268,7 @@ def test_a_temperature_that_is_not_learned_leaves_that_of_the_checkpoint(tmp_pat
     encoder = load(family_path("clip"))
     before = encoder.logits
     config = TrainConfig(temperature=0.5)
-    start_from_checkpoint(config, encoder)
+    resolve_temperature(config, encoder)
     keep_in_model(build_criterion("infonce", temperature=0.5), encoder)
     assert (encoder.logits, config.temperature) == (before, 0.5)
 

@@ -10,7 +10,7 @@ import pytest
 from vembed import Predictor
 from vembed.cli import main as vembed
 from vembed.errors import ConfigError
-from vembed.quickstart import EXAMPLES, images, main
+from vembed.quickstart import EXAMPLES, images, main, text
 from vembed.quickstart.symbols import build_symbol_search
 
 
@@ -76,6 +76,14 @@ def test_the_first_word_chooses_the_example(argv, expected, monkeypatch):
     main(argv)
 
     assert called == [expected]
+
+
+@pytest.mark.parametrize(
+    ("module", "key"), [(images, "model_name"), (images, "image_root"), (text, "data_path")]
+)
+def test_what_an_example_makes_itself_is_refused(module, key):
+    with pytest.raises(ConfigError, match=rf"{key}: vembed quickstart.*its own.*'x' from --{key}"):
+        module.main([f"--{key}", "x"])
 
 
 def test_an_unknown_example_is_an_error():
