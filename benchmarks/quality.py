@@ -108,8 +108,7 @@ def image_settings(name: str, data: Path, folder: Path) -> dict[str, Any]:
         "omniglot": {
             **shared,
             "batch_size": 128,
-            "max_steps": 100,
-            "eval_steps": 25,
+            "max_steps": 80,
             "lr": 3e-4,
             "temperature": 0.05,
         },
