@@ -25,8 +25,7 @@ def write_emoji_texts(source: Path, folder: Path) -> None:
         pictures = [emoji[key] for key in ("image", "image_emojitwo") if emoji[key]]
         text = f"{emoji['name']}: {', '.join(emoji['keywords'])}"
         if emoji["split"] == "train":
-            texts = (text, emoji["name"])
-            rows["train"] += [{"query": t, "positive": p} for p in pictures for t in texts]
+            rows["train"] += [{"query": text, "positive": picture} for picture in pictures]
         else:
             rows[emoji["split"]].append({"query": text, "positive": pictures[0]})
     _write_splits(folder, rows)
