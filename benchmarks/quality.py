@@ -99,10 +99,10 @@ def image_settings(name: str, data: Path, folder: Path) -> dict[str, Any]:
         "emoji-i2i": {
             **shared,
             "batch_size": 64,
-            "max_steps": 100,
-            "epochs": 100,
+            "max_steps": 50,
+            "epochs": 10,
             "eval_steps": 25,
-            "lr": 1e-4,
+            "lr": 2e-4,
             "temperature": 0.05,
         },
         "omniglot": {
