@@ -161,6 +161,11 @@ def build_distillation_loss(
     return cast(DistillationLoss, made)
 
 
+def missing_fields(criterion: Criterion, fields: Collection[str]) -> list[str]:
+    """What a loss cannot work without and rows with these fields do not have."""
+    return sorted(_required_fields(criterion) - set(fields))
+
+
 def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
     """Check that every row has what the loss cannot work without.
 
@@ -171,7 +176,7 @@ def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
     Raises:
         ConfigError: naming the missing fields and the built-in losses that fit the data.
     """
-    missing = sorted(_required_fields(criterion) - set(fields))
+    missing = missing_fields(criterion, fields)
     if not missing:
         return
     required = {name: _required_fields(resolve("loss_type", name, LOSSES)) for name in LOSSES}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from torch.utils.data import DataLoader
 
 from vembed.config import TrainConfig, check
 from vembed.data import RecordDataset
@@ -24,6 +25,7 @@ from vembed.losses import (
     build_distillation_loss,
     check_embeddings,
     check_row_fields,
+    missing_fields,
 )
 from vembed.models import load_encoder
 from vembed.models.checkpoint_format import NO_POOLING
@@ -216,7 +218,7 @@ def build_trainer(
             "similarity_kl", temperature=config.distillation_temperature
         ),
         evaluator=_build_evaluator(config, accelerator, encoder, criterion, data),
-        val_dataloader=build_validation_loader(config, data, collate, accelerator),
+        val_dataloader=_build_validation_loader(config, data, collate, accelerator, criterion),
     )  # fmt: skip
     plan = StepPlan.of(trainer)
     trainer.scheduler, _ = build_scheduler(
@@ -278,6 +280,27 @@ def _build_evaluator(
         task=data.validation_task,
         chunk_tokens=config.chunk_tokens,
     )
+
+
+def _build_validation_loader(
+    config: TrainConfig, data: RunData, collate: Any, accelerator: Accelerator, criterion: Any
+) -> DataLoader[Any] | None:
+    """Batches for the validation loss; None where the rows can be measured, but not by the loss.
+
+    Pairs may well be judged by labelled rows, or the other way round.
+    """
+    loader = build_validation_loader(config, data, collate, accelerator)
+    if data.validation is None:
+        return loader
+    missing = missing_fields(criterion, data.validation.fields)
+    if missing:
+        logger.warning(
+            "val_data_path: its rows have no %s, which loss_type %s needs: metrics are measured, "
+            "the validation loss is not",
+            " and ".join(missing),
+            config.loss_type,
+        )
+    return None if missing else loader
 
 
 def _claim_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:

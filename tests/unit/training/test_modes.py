@@ -66,6 +66,20 @@ def test_from_rows_to_metrics(folder, tmp_path, mode):
     assert not (tmp_path / "quarantine.jsonl").exists()
 
 
+def test_pairs_are_judged_by_labelled_rows(folder, tmp_path, caplog):
+    """The loss of pairs has nothing to say about these, the metrics do."""
+    images = [row["query"] for row in mode_rows("i2i")]
+    rows = [{"image": image, "label": number % 2} for number, image in enumerate(images)]
+    path = write_rows(folder / "labelled.jsonl", rows)
+    run = settings(folder, "i2i", tmp_path, val_data_path=str(path), eval_steps=6)
+    with caplog.at_level("WARNING", logger="vembed"):
+        run_training(run)
+    assert "its rows have no positive, which loss_type infonce needs" in caplog.text
+    validated = [line for line in metrics_of(tmp_path) if "val_knn@1" in line]
+    assert [line["step"] for line in validated] == [0, 6, 12]
+    assert all("val_loss" not in line for line in validated)
+
+
 def test_bad_rows_are_left_out_of_a_run(folder, tmp_path, caplog):
     rows = mode_rows("t2i")
     rows[1]["positives"] = ["gone.png"]
