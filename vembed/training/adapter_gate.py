@@ -28,6 +28,7 @@ from vembed.inference.encoding import eval_mode
 from vembed.models import load_encoder
 from vembed.models.merging import copy_to_cpu, plain_copy
 from vembed.modes import Item
+from vembed.token_vectors import cat_items
 from vembed.training.adapters import adapters_of
 from vembed.training.data_utils import Inputs
 
@@ -170,7 +171,7 @@ def check_saved(
 
 @dataclass(frozen=True)
 class _Vectors:
-    """Unit vectors of the same inputs, `[n, D]`.
+    """Unit vectors of the same inputs, `[n, D]`, or of their tokens, `[n, T, D]`.
 
     Attributes:
         adapted: Of the model with its adapters.
@@ -261,7 +262,7 @@ def _without_adapters(encoder: nn.Module) -> Iterator[None]:
 
 def _embed(encoder: Any, inputs: Sequence[Inputs]) -> Tensor:
     with eval_mode(encoder):
-        return torch.cat([encoder(normalize=True, **of_role).float() for of_role in inputs])
+        return cat_items([encoder(normalize=True, **of_role).float() for of_role in inputs])
 
 
 def _literal_inputs(encoder: Any) -> list[Inputs]:

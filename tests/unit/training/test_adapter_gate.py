@@ -282,3 +282,26 @@ def test_half_precision_of_every_family(family, tmp_path):
     settings = {"use_lora": True, "torch_dtype": "bfloat16"}
     trainer = make_trainer(family_path(family), whole_mode(family), tmp_path, **settings)
     save_checkpoint(tmp_path / "model", learn(trainer.model), trainer.accelerator)
+
+
+@pytest.mark.parametrize("probed", [True, False], ids=["a batch", "literal inputs"])
+def test_token_vectors_of_roles_with_different_lengths(probed, merge, tmp_path):
+    settings = {"use_lora": True, "pooling_method": "none", "loss_type": "maxsim"}
+    mode, model = ("t2t", "bert") if probed else ("t2m", "qwen3_vl")
+    trainer = make_trainer(family_path(model), mode, tmp_path, **settings)
+    encoder = learn(trainer.model)
+    probe = None
+    if probed:
+        trainer.prepare()
+        trainer.step(trainer.dataloader[0])
+        probe = trainer.adapter_probe()
+        widths = {rows["input_ids"].shape[1] for rows in probe.inputs}
+        assert len(widths) > 1
+
+    def save_it() -> None:
+        save_checkpoint(tmp_path / "model", encoder, trainer.accelerator, probe=probe)
+
+    save_it()
+    merge(without_one_layer)
+    with pytest.raises(CheckpointError, match="merging went wrong"):
+        save_it()
