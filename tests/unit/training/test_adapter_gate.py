@@ -21,6 +21,7 @@ from vembed.training.adapter_gate import ROWS_PER_ROLE, Probe, shortest_rows
 from vembed.training.checkpoint import save_checkpoint
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.run import run_training
+from vembed.training.training_loop import optimizer_step
 
 
 @pytest.fixture(scope="module")
@@ -305,3 +306,18 @@ def test_token_vectors_of_roles_with_different_lengths(probed, merge, tmp_path):
     merge(without_one_layer)
     with pytest.raises(CheckpointError, match="merging went wrong"):
         save_it()
+
+
+@pytest.mark.parametrize("scale", [2.0**127, 1.0], ids=["skipped", "taken"])
+def test_a_step_that_the_gradient_scaler_skipped_is_none(scale, tmp_path):
+    """Gradients overflow, as the first ones of fp16 may; the optimizer leaves weights alone."""
+    trainer = make_trainer(family_path("bert"), "t2t", tmp_path, use_lora=True)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.prepare()
+    optimizer_step(trainer, [trainer.dataloader[0]])
+    skipped = trainer.accelerator.optimizer_step_was_skipped
+    assert skipped == (scale > 1)
+    assert trainer.adapter_probe().updated != skipped
+    save_checkpoint(
+        tmp_path / "model", trainer.model, trainer.accelerator, probe=trainer.adapter_probe()
+    )
