@@ -67,7 +67,8 @@ def save_checkpoint(
                 settings = TrainConfig.coerce(config or {})
                 check_saved(encoder, folder, probe, settings, name=str(path))
                 if settings.save_adapter and adapters_of(encoder):
-                    save_adapters(folder / ADAPTER_FOLDER, encoder, criterion)
+                    later = settings.unfreeze_at_step
+                    save_adapters(folder / ADAPTER_FOLDER, encoder, criterion, later=later)
         except Exception as error:
             failure = error
     if any_process(failure is not None, accelerator.device):
