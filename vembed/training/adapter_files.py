@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vembed.errors import CheckpointError, ConfigError
-from vembed.training.adapters import adapters_of
-from vembed.training.parameters import LOSS
+from vembed.training.adapters import adapters_of, is_in_head
+from vembed.training.parameters import LOSS, matches
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_FOLDER = "adapter"
 """In the folder of a saved model."""
@@ -24,17 +27,30 @@ _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
 _HEADS_FILE = "heads.safetensors"
 
+# In the metadata of adapters; those that peft wrote by itself have no heads beside them. Alone,
+# because safetensors writes several keys in any order.
+_WRITER = {"written_by": "vembed"}
+
 _PEFT_NAMES = {
     "r": "lora_r", "lora_alpha": "lora_alpha", "use_dora": "use_dora", "use_rslora": "use_rslora",
 }  # fmt: skip
 
 
-def save_adapters(folder: Path, encoder: nn.Module, criterion: Any = None) -> None:
+def save_adapters(
+    folder: Path, encoder: nn.Module, criterion: Any = None, *, later: Collection[str] = ()
+) -> None:
     """Write what was trained, without the base model: loads with peft on it.
 
     Writes `adapter_model.safetensors` and `adapter_config.json` as peft does, with several
     backbones in a folder each, and `heads.safetensors`: parameters of the encoder outside its
-    backbones, such as projections, and those of the loss.
+    backbones, such as projections, what trains in a backbone without adapters, and the parameters
+    of the loss.
+
+    Args:
+        folder: Made when missing.
+        encoder: With adapters.
+        criterion: The loss.
+        later: Patterns of parameters that train from a later step on (`unfreeze_at_step`).
     """
     from peft import get_peft_model_state_dict
 
@@ -49,7 +65,7 @@ def save_adapters(folder: Path, encoder: nn.Module, criterion: Any = None) -> No
         if isinstance(settings.target_modules, set):
             settings.target_modules = sorted(settings.target_modules)  # a set has no fixed order
         settings.save_pretrained(str(target))
-    heads = {name: p.detach() for name, p in _heads(encoder, criterion)}
+    heads = _heads(encoder, later) | _of_loss(criterion)
     if heads:
         _save(heads, folder / _HEADS_FILE)
 
@@ -62,7 +78,8 @@ def load_adapters(folder: Path, encoder: nn.Module) -> None:
         encoder: With new adapters of the same kind. Changed in place.
 
     Raises:
-        CheckpointError: if files are missing or hold other layers or shapes.
+        CheckpointError: if files are missing or hold other layers or shapes, or nothing for a
+            parameter that trains.
         ConfigError: if the adapters were made with other settings than the encoder's.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
@@ -75,19 +92,21 @@ def load_adapters(folder: Path, encoder: nn.Module) -> None:
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
         _check_same_tensors(source / _WEIGHTS, weights, own)
         set_peft_model_state_dict(model, weights)
-    heads = {name: p for name, p in _heads(encoder) if not name.startswith(LOSS)}
-    if heads and (folder / _HEADS_FILE).is_file():
-        stored = _load(folder / _HEADS_FILE)
-        stored = {name: t for name, t in stored.items() if not name.startswith(LOSS)}
-        _check_same_tensors(folder / _HEADS_FILE, stored, heads)
-        _copy(stored, heads)
+    needed = _heads(encoder)
+    if not (folder / _HEADS_FILE).is_file():
+        sources = [folder_of(folder, name, adapters) for name in adapters]
+        _tell_missing_heads(folder, needed, ours=any(map(_is_ours, sources)))
+        return
+    stored = {n: t for n, t in _load(folder / _HEADS_FILE).items() if not n.startswith(LOSS)}
+    # What was trained once and is frozen now comes back as well.
+    chosen = {n: p for n, p in _outside_adapters(encoder) if n in needed or n in stored}
+    _check_same_tensors(folder / _HEADS_FILE, stored, chosen)
+    _copy(stored, chosen)
 
 
 def load_loss(folder: Path, criterion: Any) -> None:
     """Take up the loss's own parameters, such as a learned temperature, if they were kept."""
-    own = {LOSS + n: p for n, p in criterion.named_parameters()} if isinstance(
-        criterion, nn.Module
-    ) else {}  # fmt: skip
+    own = _of_loss(criterion)
     if own and (folder / _HEADS_FILE).is_file():
         stored = {n: t for n, t in _load(folder / _HEADS_FILE).items() if n.startswith(LOSS)}
         if stored:
@@ -102,13 +121,54 @@ def folder_of(folder: Path, name: str, adapters: Mapping[str, Any]) -> Path:
     return folder / (name.removesuffix("backbone").rstrip(".") or "backbone")
 
 
-def _heads(encoder: nn.Module, criterion: Any = None) -> Iterator[tuple[str, nn.Parameter]]:
+def _heads(encoder: nn.Module, later: Collection[str] = ()) -> dict[str, nn.Parameter]:
+    """What is kept beside adapters.
+
+    A part of a backbone, if it trains; anything else also if it does not, because it may be new.
+    """
+    return {
+        name: parameter
+        for name, parameter in _outside_adapters(encoder)
+        if "backbone" not in name.split(".")
+        or parameter.requires_grad
+        or (is_in_head(name) and any(matches(name, pattern) for pattern in later))
+    }
+
+
+def _outside_adapters(encoder: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    adapted = tuple(f"{name}." for name in adapters_of(encoder))
     for name, parameter in encoder.named_parameters():
-        if "backbone" not in name.split("."):
+        if not name.startswith(adapted):
             yield name, parameter
-    if isinstance(criterion, nn.Module):
-        for name, parameter in criterion.named_parameters():
-            yield LOSS + name, parameter
+
+
+def _of_loss(criterion: Any) -> dict[str, nn.Parameter]:
+    if not isinstance(criterion, nn.Module):
+        return {}
+    return {LOSS + name: parameter for name, parameter in criterion.named_parameters()}
+
+
+def _tell_missing_heads(folder: Path, needed: Collection[str], *, ours: bool) -> None:
+    if not needed:
+        return
+    names = f"{', '.join(list(needed)[:3])}{' ...' if len(needed) > 3 else ''}"
+    if ours:
+        raise CheckpointError(
+            f"adapter_path: {folder} lacks {_HEADS_FILE}, where vembed keeps what trains beside "
+            f"adapters; of this model: {names}. Copy the whole folder, or build the model as it "
+            f"was when the adapter was trained"
+        )
+    logger.warning(
+        "adapter_path: %s has no %s: %s are as in the model, and random where that has none",
+        folder,
+        _HEADS_FILE,
+        names,
+    )
+
+
+def _is_ours(folder: Path) -> bool:
+    with safe_open(folder / _WEIGHTS, framework="pt") as file:
+        return bool(file.metadata() == _WRITER)
 
 
 def _check_same_kind(folder: Path, own: Any) -> None:
@@ -149,7 +209,7 @@ def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
 def _save(tensors: Mapping[str, Tensor], file: Path) -> None:
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(whole, file, metadata={"format": "pt"})
+    save_file(whole, file, metadata=_WRITER)
 
 
 def _load(file: Path) -> dict[str, Tensor]:

@@ -3,6 +3,9 @@
 Merging can go wrong without an error: left out, done twice, lost in the rounding of 16-bit weights.
 So a few inputs are embedded by the model with its adapters, by the same without them, and by the
 folder as it was written; all on the CPU and in float32, so that only weights can differ.
+
+For N parameters this takes 4 N bytes of the main process's memory: first for a copy of the model,
+unless it is on the CPU in float32 already, then for the folder, with as much time as loading it.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from vembed.inference.encoding import eval_mode
 from vembed.models import load_encoder
 from vembed.models.merging import copy_to_cpu, plain_copy
 from vembed.modes import Item
+from vembed.token_vectors import cat_items
 from vembed.training.adapters import adapters_of
 from vembed.training.data_utils import Inputs
 
@@ -136,26 +140,25 @@ def check_saved(
     Raises:
         CheckpointError: if the vectors differ, or adapters that were trained change nothing.
     """
-    if not adapters_of(encoder):
+    models = adapters_of(encoder).values()
+    if not models:
         return
     inputs = _literal_inputs(encoder) if probe is None else probe.inputs
-    adapted = _in_float32(encoder)
-    models = adapters_of(adapted).values()
     # Random numbers and progress bars are those of the run, not of a look at its result.
     with torch.random.fork_rng(devices=[]), _no_progress_bars(), torch.no_grad():
+        adapted = _in_float32(encoder)
         with_adapters = _embed(adapted, inputs)
         with _without_adapters(adapted):
             base = _embed(adapted, inputs)
-        attention = str(next(iter(models)).get_base_model().config._attn_implementation)
+        del adapted  # as large as the model; what is loaded next is as well
         saved = load_encoder(
             str(folder),
             encoder_mode=config.encoder_mode,
-            attn_implementation=attention if attention in ("eager", "sdpa") else None,
+            attn_implementation=_attention_of(next(iter(models))),
             trust_remote_code=config.trust_remote_code,
         )
         found = _embed(saved, inputs)
-    types = [model.get_base_model().dtype for model in adapters_of(encoder).values()]
-    dtype = max(types, key=TOLERANCES.__getitem__)
+    dtype = max((m.get_base_model().dtype for m in models), key=TOLERANCES.__getitem__)
     seen = _Vectors(with_adapters, base, found, dtype, new=all(map(_is_new, models)))
     fault = _find_fault(seen, updated=probe is not None and probe.updated)
     if fault is not None:
@@ -170,7 +173,7 @@ def check_saved(
 
 @dataclass(frozen=True)
 class _Vectors:
-    """Unit vectors of the same inputs, `[n, D]`.
+    """Unit vectors of the same inputs, `[n, D]`, or of their tokens, `[n, T, D]`.
 
     Attributes:
         adapted: Of the model with its adapters.
@@ -225,6 +228,12 @@ def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def _attention_of(model: Any) -> str | None:
+    """The kernel of a backbone with adapters, as a CPU has it; None where it is another one."""
+    name = str(model.get_base_model().config._attn_implementation)
+    return "sdpa" if "flash" in name else name if name in ("eager", "sdpa") else None
+
+
 def _in_float32(encoder: Any) -> Any:
     """The encoder itself where it is on the CPU, in float32 and not quantized; else such a copy."""
     models = adapters_of(encoder).values()
@@ -241,7 +250,7 @@ def _in_float32(encoder: Any) -> Any:
     copied = copy_to_cpu(encoder, replaced).float()
     for model in adapters_of(copied).values():
         if "flash" in str(model.get_base_model().config._attn_implementation):
-            model.get_base_model().set_attn_implementation("sdpa")
+            model.get_base_model().set_attn_implementation(_attention_of(model))
     return copied
 
 
@@ -261,7 +270,7 @@ def _without_adapters(encoder: nn.Module) -> Iterator[None]:
 
 def _embed(encoder: Any, inputs: Sequence[Inputs]) -> Tensor:
     with eval_mode(encoder):
-        return torch.cat([encoder(normalize=True, **of_role).float() for of_role in inputs])
+        return cat_items([encoder(normalize=True, **of_role).float() for of_role in inputs])
 
 
 def _literal_inputs(encoder: Any) -> list[Inputs]:

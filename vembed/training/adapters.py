@@ -116,8 +116,13 @@ def find_targets(backbones: Sequence[nn.Module], wanted: Collection[str] | None)
 def freeze_all_but_heads(backbone: nn.Module) -> None:
     """As adapting would leave a backbone of which no layer is wanted, in place."""
     for name, parameter in backbone.named_parameters():
-        if not re.fullmatch(_IN_A_HEAD, name):
+        if not is_in_head(name):
             parameter.requires_grad_(False)
+
+
+def is_in_head(name: str) -> bool:
+    """Whether a module or parameter is one of `HEADS`, or part of one."""
+    return re.fullmatch(_IN_A_HEAD, name) is not None
 
 
 def count_names(layers: Iterable[str]) -> str:
@@ -166,7 +171,7 @@ def _adaptable(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     }
     for name, module in backbone.named_modules():
         is_linear = isinstance(module, nn.Linear | Conv1D) and id(module) not in read
-        if is_linear and not re.fullmatch(_IN_A_HEAD, name):
+        if is_linear and not is_in_head(name):
             yield name, module
 
 
@@ -196,6 +201,6 @@ def _for_peft(targets: Collection[str], backbone: nn.Module) -> list[str] | str:
     meant = {
         name
         for name, _ in backbone.named_modules()
-        if name.rpartition(".")[2] in ends and not re.fullmatch(_IN_A_HEAD, name)
+        if name.rpartition(".")[2] in ends and not is_in_head(name)
     }
     return ends if meant == set(targets) else "|".join(map(re.escape, sorted(targets)))

@@ -35,6 +35,7 @@ def save_checkpoint(
     *,
     criterion: Any = None,
     probe: Probe | None = None,
+    check_merge: bool = True,
 ) -> None:
     """Save the model, its tokenizer and the settings of the run in one folder.
 
@@ -52,6 +53,8 @@ def save_checkpoint(
         config: Settings of the run, kept in `vembed_config.json` for the reader.
         criterion: The loss, whose own parameters are kept with adapters.
         probe: What to compare on; None for a list of texts.
+        check_merge: Whether to compare. With adapters it takes 4 bytes of the main process's memory
+            for each parameter, and the time to load the folder (see `adapter_gate`).
 
     Raises:
         CheckpointError: if the merged model is not the one with adapters. Whatever is raised, is
@@ -65,9 +68,11 @@ def save_checkpoint(
                 encoder = accelerator.unwrap_model(model)
                 _fill(folder, encoder, processor, config)
                 settings = TrainConfig.coerce(config or {})
-                check_saved(encoder, folder, probe, settings, name=str(path))
+                if check_merge:
+                    check_saved(encoder, folder, probe, settings, name=str(path))
                 if settings.save_adapter and adapters_of(encoder):
-                    save_adapters(folder / ADAPTER_FOLDER, encoder, criterion)
+                    later = settings.unfreeze_at_step
+                    save_adapters(folder / ADAPTER_FOLDER, encoder, criterion, later=later)
         except Exception as error:
             failure = error
     if any_process(failure is not None, accelerator.device):

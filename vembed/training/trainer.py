@@ -220,7 +220,10 @@ class Trainer:
 
     def after_update(self) -> None:
         """Bring parameters with a range, such as a temperature, back into it."""
-        self._adapter_watch.see_update(self.accelerator.unwrap_model(self.model), self.optimizer)
+        # Where gradients overflowed, fp16 leaves the step out.
+        if not self.accelerator.optimizer_step_was_skipped:
+            encoder = self.accelerator.unwrap_model(self.model)
+            self._adapter_watch.see_update(encoder, self.optimizer)
         if self._clamp is not None:
             self._clamp()
 

@@ -206,12 +206,13 @@ def _judge(result: Validation, trainer: Trainer) -> tuple[float, bool]:
 
 def _save_step(trainer: Trainer, step: int) -> None:
     folder = Path(trainer.config.output_dir) / "checkpoints"
-    _save(trainer, folder / STEP_FOLDER.format(step=step))
+    # What a run recommends is checked; each checkpoint on the way would cost as much.
+    _save(trainer, folder / STEP_FOLDER.format(step=step), check_merge=False)
     if trainer.accelerator.is_main_process:
         remove_old_checkpoints(folder, trainer.config.save_total_limit)
 
 
-def _save(trainer: Trainer, path: Path) -> None:
+def _save(trainer: Trainer, path: Path, *, check_merge: bool = True) -> None:
     save_checkpoint(
         path,
         trainer.model_to_save(),
@@ -219,4 +220,5 @@ def _save(trainer: Trainer, path: Path) -> None:
         config=trainer.config,
         criterion=trainer.criterion,
         probe=trainer.adapter_probe(),
+        check_merge=check_merge,
     )

@@ -197,11 +197,28 @@ def test_what_is_not_an_adapter_is_refused(model_path, kept, tmp_path):
         build(model_path, adapter_path=str(kept))
 
 
-def test_an_adapter_of_peft_alone_has_no_heads(model_path, kept):
-    (kept / "heads.safetensors").unlink()
-    encoder = build(model_path, adapter_path=str(kept))
+def test_an_adapter_of_peft_alone_has_no_heads(model_path, tmp_path, caplog):
     plain = build(model_path)
-    assert torch.equal(encoder.projections[0].linear.weight, plain.projections[0].linear.weight)
+    shake(plain.backbone)
+    plain.backbone.save_pretrained(tmp_path / "peft")
+    encoder = build(model_path, adapter_path=str(tmp_path / "peft"))
+    assert torch.equal(vectors(encoder), vectors(plain))
+    (warning,) = [text for text in caplog.messages if "adapter_path" in text]
+    assert "has no heads.safetensors: projections.0.linear.weight" in warning
+
+
+def test_heads_of_our_own_adapters_must_be_there(model_path, kept):
+    (kept / "heads.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks heads\.safetensors.* projections\.0\.linear"):
+        build(model_path, adapter_path=str(kept))
+
+
+def test_a_model_without_heads_needs_none(tmp_path, caplog):
+    path = family_path("bert")
+    save_adapters(tmp_path / "adapter", build(path))
+    assert not (tmp_path / "adapter" / "heads.safetensors").exists()
+    build(path, adapter_path=str(tmp_path / "adapter"))
+    assert not caplog.messages
 
 
 DORA = {"use_dora": True, "use_rslora": True}
@@ -260,3 +277,54 @@ def test_a_locked_tower_has_no_adapter_to_keep(family, tmp_path):
         assert np.array_equal(encode(again, items(letter)), encode(encoder, items(letter)))
     # Its projection learned.
     assert not np.array_equal(before, encode(encoder, items("i")))
+
+
+def tower_without_adapters(tmp_path, **settings) -> nn.Module:
+    """BERT beside ViT, whose pooler trains although none of its layers is adapted."""
+    settings = {"use_lora": True, "lora_target_modules": ["attention.self.query"], **settings}
+    return make_trainer(family_path("composed"), "t2i", tmp_path, **settings).model.eval()
+
+
+def test_heads_of_a_tower_without_adapters_are_kept(tmp_path):
+    encoder = tower_without_adapters(tmp_path)
+    shake(encoder)
+    save_adapters(tmp_path / "adapter", encoder)
+    stored = set(load_file(tmp_path / "adapter" / "heads.safetensors"))
+    pooler = {f"image.backbone.pooler.dense.{name}" for name in ("weight", "bias")}
+    assert stored == pooler | {f"projections.{t}.linear.weight" for t in ("text", "image")}
+    again = tower_without_adapters(tmp_path)
+    load_adapters(tmp_path / "adapter", again)
+    for letter in "ti":
+        assert np.array_equal(encode(again, items(letter)), encode(encoder, items(letter)))
+
+
+def test_a_folder_without_such_heads_is_refused(tmp_path):
+    encoder = tower_without_adapters(tmp_path)
+    save_adapters(tmp_path / "adapter", encoder)
+    file = tmp_path / "adapter" / "heads.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if "pooler" not in n}, file)
+    with pytest.raises(CheckpointError, match=r"heads.*missing.*image\.backbone\.pooler\.dense"):
+        load_adapters(tmp_path / "adapter", encoder)
+
+
+def test_heads_that_were_trained_and_are_frozen_now_come_back(tmp_path):
+    encoder = tower_without_adapters(tmp_path)
+    shake(encoder)
+    save_adapters(tmp_path / "adapter", encoder)
+    frozen = tower_without_adapters(tmp_path, freeze=["image.backbone.pooler"])
+    load_adapters(tmp_path / "adapter", frozen)
+    assert np.array_equal(encode(frozen, items("i")), encode(encoder, items("i")))
+    assert not any(p.requires_grad for p in frozen.image.parameters())
+
+
+def test_heads_that_join_later_are_kept_from_the_first_checkpoint_on(tmp_path):
+    settings = {"unfreeze_at_step": {"image": 3}, "save_steps": 2}
+    encoder = tower_without_adapters(tmp_path)
+    make_trainer(
+        family_path("composed"), "t2i", tmp_path, max_steps=2,
+        use_lora=True, lora_target_modules=["attention.self.query"], **settings,
+    ).train()  # fmt: skip
+    kept = tmp_path / "checkpoints" / "step-000002" / "adapter"
+    backbone = [n for n in load_file(kept / "heads.safetensors") if ".backbone." in n]
+    assert backbone == [f"image.backbone.pooler.dense.{n}" for n in ("bias", "weight")]
+    load_adapters(kept, encoder)

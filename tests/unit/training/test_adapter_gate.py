@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+import weakref
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,12 @@ from tests.unit.models.families import family_path, make_trainer, whole_mode
 from vembed.errors import CheckpointError
 from vembed.models import load_encoder, merging, weights
 from vembed.modes import Item
-from vembed.training import adapter_gate
+from vembed.training import adapter_gate, training_loop
 from vembed.training.adapter_gate import ROWS_PER_ROLE, Probe, shortest_rows
 from vembed.training.checkpoint import save_checkpoint
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.run import run_training
+from vembed.training.training_loop import optimizer_step
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +189,27 @@ def test_a_look_changes_nothing_in_a_run(adapted, tmp_path):
     assert random.getstate() == random_states[1]
 
 
+def test_the_copy_is_gone_before_the_folder_is_loaded(adapted, tmp_path, monkeypatch):
+    copies, found = [], []
+    make, load = adapter_gate._in_float32, adapter_gate.load_encoder
+
+    def make_it(encoder):
+        copied = make(encoder)
+        assert copied is not encoder
+        copies.extend(weakref.ref(p) for p in copied.parameters())
+        return copied
+
+    def load_it(*args, **options):
+        found.append(sum(copy() is not None for copy in copies))
+        return load(*args, **options)
+
+    monkeypatch.setattr(adapter_gate, "_in_float32", make_it)
+    monkeypatch.setattr(adapter_gate, "load_encoder", load_it)
+    save(learn(adapted(torch_dtype="bfloat16")), tmp_path / "model")
+    assert copies
+    assert found == [0]
+
+
 def test_what_is_looked_at_are_the_shortest_rows_of_each_role():
     lengths = {"query": [9, 2, 3, 8, 4, 5, 6, 7], "positive": [3, 1]}
     inputs = {
@@ -204,7 +228,7 @@ def test_what_is_looked_at_are_the_shortest_rows_of_each_role():
 @pytest.fixture
 def run(model_path, tmp_path, monkeypatch):
     rows = write_rows(tmp_path / "pairs.jsonl", PAIRS)
-    seen: list[Probe] = []
+    seen: list[bool] = []
     check = adapter_gate._find_fault
 
     def spy(vectors, *, updated):
@@ -212,33 +236,46 @@ def run(model_path, tmp_path, monkeypatch):
         return check(vectors, updated=updated)
 
     monkeypatch.setattr(adapter_gate, "_find_fault", spy)
+    # Every validation finds the best model yet.
+    values = itertools.count()
+    monkeypatch.setattr(training_loop, "_judge", lambda *_: (next(values), True))
 
-    def train(**settings) -> list[bool]:
+    def train(*, validated: bool = False, **settings) -> list[bool]:
+        """Of each model that was looked at, whether steps had changed its adapters."""
+        seen.clear()
+        if validated:
+            settings |= {"val_data_path": str(rows), "eval_steps": 2}  # and at the end, after 3
         run_training({
             "model_name": str(model_path), "data_path": str(rows),
-            "output_dir": str(tmp_path / "o"),
-            "use_lora": True, "max_steps": 3, "batch_size": 4, "save_steps": 1, "device": "cpu",
+            "output_dir": str(tmp_path / "o"), "overwrite_output_dir": True,
+            "use_lora": True, "max_steps": 3, "batch_size": 4, "device": "cpu",
             "holdout_ratio": 0, "progress": False, **settings,
         })  # fmt: skip
-        return seen
+        return list(seen)
 
     return train
 
 
 def test_warm_up_begins_with_a_step_that_changes_nothing(run):
-    # Three checkpoints and the final model.
-    assert run(warmup_steps=1) == [False, True, True, True]
+    assert run(warmup_steps=1, max_steps=1) == [False]
+    assert run(warmup_steps=1, max_steps=2) == [True]
 
 
 def test_adapters_that_join_later_are_not_missed_before(run):
     joining = {"backbone": 2}
-    assert run(unfreeze_at_step=joining, warmup_steps=0) == [False, False, True, True]
+    assert run(unfreeze_at_step=joining, warmup_steps=0, validated=True) == [False, True, True]
 
 
 def test_a_run_whose_adapters_never_move_ends_with_the_reason(run, monkeypatch):
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self, closure=None: None)
-    with pytest.raises(CheckpointError, match="step-000001: optimizer steps were taken, but"):
+    with pytest.raises(CheckpointError, match="final: optimizer steps were taken, but"):
         run(optimizer="sgd", warmup_steps=0)
+
+
+def test_of_a_run_only_what_it_recommends_is_looked_at(run, tmp_path):
+    assert run(save_steps=1) == [True]
+    assert (tmp_path / "o" / "checkpoints" / "step-000003").is_dir()
+    assert run(save_steps=1, validated=True, warmup_steps=0) == [True] * 3
 
 
 def test_without_adapters_nothing_is_looked_at(run, tmp_path):
@@ -282,3 +319,41 @@ def test_half_precision_of_every_family(family, tmp_path):
     settings = {"use_lora": True, "torch_dtype": "bfloat16"}
     trainer = make_trainer(family_path(family), whole_mode(family), tmp_path, **settings)
     save_checkpoint(tmp_path / "model", learn(trainer.model), trainer.accelerator)
+
+
+@pytest.mark.parametrize("probed", [True, False], ids=["a batch", "literal inputs"])
+def test_token_vectors_of_roles_with_different_lengths(probed, merge, tmp_path):
+    settings = {"use_lora": True, "pooling_method": "none", "loss_type": "maxsim"}
+    mode, model = ("t2t", "bert") if probed else ("t2m", "qwen3_vl")
+    trainer = make_trainer(family_path(model), mode, tmp_path, **settings)
+    encoder = learn(trainer.model)
+    probe = None
+    if probed:
+        trainer.prepare()
+        trainer.step(trainer.dataloader[0])
+        probe = trainer.adapter_probe()
+        widths = {rows["input_ids"].shape[1] for rows in probe.inputs}
+        assert len(widths) > 1
+
+    def save_it() -> None:
+        save_checkpoint(tmp_path / "model", encoder, trainer.accelerator, probe=probe)
+
+    save_it()
+    merge(without_one_layer)
+    with pytest.raises(CheckpointError, match="merging went wrong"):
+        save_it()
+
+
+@pytest.mark.parametrize("scale", [2.0**127, 1.0], ids=["skipped", "taken"])
+def test_a_step_that_the_gradient_scaler_skipped_is_none(scale, tmp_path):
+    """Gradients overflow, as the first ones of fp16 may; the optimizer leaves weights alone."""
+    trainer = make_trainer(family_path("bert"), "t2t", tmp_path, use_lora=True)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer.prepare()
+    optimizer_step(trainer, [trainer.dataloader[0]])
+    skipped = trainer.accelerator.optimizer_step_was_skipped
+    assert skipped == (scale > 1)
+    assert trainer.adapter_probe().updated != skipped
+    save_checkpoint(
+        tmp_path / "model", trainer.model, trainer.accelerator, probe=trainer.adapter_probe()
+    )
