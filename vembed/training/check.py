@@ -19,6 +19,7 @@ from vembed.data import (
     token_counter,
 )
 from vembed.data.checking import require_images
+from vembed.distributed import fail_together
 from vembed.errors import DataError
 from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode
@@ -115,7 +116,8 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     trainer = build_trainer(config, accelerator, encoder, data)
     trainer.prepare()
     facts = describe_run(trainer, encoder, data)
-    group = list(islice(trainer.dataloader, config.gradient_accumulation_steps))
+    with fail_together(accelerator.device):
+        group = list(islice(trainer.dataloader, config.gradient_accumulation_steps))
     sample = _first_row(group[0], encoder.processor, data.train)
     started = time.perf_counter()
     watch, reports = FirstStepWatch(trainer), []
