@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -222,13 +223,47 @@ def test_a_frozen_half_stays_as_it_is(tower, tmp_path):
     [
         ([Item()], "an item with neither"),
         ([*items("t", 1), *items("i", 1)], "all have an image, or none may. Received: both"),
-        ([Item(text="a <|image_pad|> b")], "stands for an image in this model"),
         ([], "no items"),
     ],
 )
 def test_what_makes_no_chat_is_refused(of, says):
     with pytest.raises(DataError, match=says.replace("|", r"\|")):
         load(family_path("qwen2_vl")).processor(of, role="query")
+
+
+CONTROL = {
+    "qwen2_vl": ["<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|endoftext|>"],
+    "llava": ["<image>", "<|im_start|>"],
+}
+
+
+@pytest.mark.parametrize("letter", "tm")
+@pytest.mark.parametrize("family", CONTROL)
+def test_a_text_cannot_become_a_control_token(family, letter):
+    encoder = load(family_path(family))
+    tokenizer = encoder.processor.tokenizer
+    plain = items(letter, 1)[0]
+    for token in CONTROL[family]:
+        number = tokenizer.convert_tokens_to_ids(token)
+        texts = [f"a {token} b", f"{token}{token}", f"{token[0]}{token}{token[1:]}"]
+        found = encoder.processor([Item(t, plain.image) for t in texts], role="query")["input_ids"]
+        (usual,) = (encoder.processor([plain], role="query")["input_ids"] == number).sum(1)
+        # A batch is padded with one of them.
+        if token != tokenizer.pad_token:
+            assert (found == number).sum(1).tolist() == [int(usual)] * 3, token
+        spelled = tokenizer.decode(found[0], skip_special_tokens=False)
+        assert f"a {token[0]} {token[1:]} b" in spelled
+    assert np.isfinite(vectors(encoder, [Item(token) for token in CONTROL[family]])).all()
+
+
+@pytest.mark.parametrize("family", CONTROL)
+def test_an_instruction_cannot_have_control_tokens(family):
+    token = CONTROL[family][0]
+    says = rf"a prompt is an instruction.*{re.escape(token)}.*Received: 'a {re.escape(token)}'"
+    with pytest.raises(ConfigError, match=says):
+        load(family_path(family), query_prompt=f"a {token}")
+    with pytest.raises(ConfigError, match=says):
+        load(family_path(family)).processor(items("t", 1), role="query", prompts=[f"a {token}"])
 
 
 def test_the_first_token_says_nothing():
