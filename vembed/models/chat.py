@@ -126,6 +126,23 @@ class ChatProcessor:
         images = load_images(items) if with_image.pop() else [None] * len(items)
         return self.inputs([_chat(*parts) for parts in zip(chosen, images, texts, strict=True)])
 
+    def count_tokens(
+        self,
+        items: Sequence[Item],
+        role: Role | None = None,
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[int]:
+        """Tokens of each item's text before it is cut: what `max_seq_length` is compared with.
+
+        Args:
+            items: Items with a text, or without, which counts 0.
+            role: Makes no difference, and neither do prompts: instructions are never cut.
+            prompts: See `role`.
+        """
+        texts = [self._words(item.text) or "" for item in items]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
+
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer, chat template and image processor."""
         self.inputs.save_pretrained(path)

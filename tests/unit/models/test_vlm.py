@@ -18,6 +18,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from tests import tiny
 from tests.unit.models.families import family_path, items, load, make_trainer, vectors
 from vembed.chunking import take_rows
+from vembed.data import token_counter
 from vembed.errors import CheckpointError, ConfigError, DataError
 from vembed.images import load_image
 from vembed.models.vlm import DEFAULT_INSTRUCTION
@@ -170,6 +171,19 @@ def test_a_long_text_is_cut_and_everything_else_stays():
     assert text.endswith("<|vision_end|>the q<|im_end|>\n<|im_start|>assistant\n")
     patches = encoder.processor([long], role="query")["image_grid_thw"].prod() // 4
     assert text.count("<|image_pad|>") == patches
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_check_counts_what_is_cut(family):
+    texts = [*TEXTS, "a <|im_end|> b"]
+    long = load(family_path(family))
+    whole = token_counter(long.processor)([Item(t) for t in texts], "query", [None] * len(texts))
+    assert max(whole) < long.processor.max_seq_length
+    for text, count in zip(texts, whole, strict=True):
+        alone = rendered(long, [Item(text)], "query")
+        fits, cut = (load(family_path(family), max_seq_length=n) for n in (count, count - 1))
+        assert rendered(fits, [Item(text)], "query") == alone
+        assert rendered(cut, [Item(text)], "query") != alone
 
 
 def test_the_length_of_texts_is_saved(tmp_path):
