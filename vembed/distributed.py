@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+
+from vembed.errors import DistributedError, VembedError
 
 # Torch 2.13 gave these collectives other names, and warns at every call of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -143,6 +146,52 @@ def any_process(flag: bool, device: torch.device) -> bool:
     flags = torch.tensor([flag], dtype=torch.int32, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags.item())
+
+
+@contextmanager
+def fail_together(device: torch.device) -> Iterator[None]:
+    """Raise on every process if one raises inside, so that none waits for it for ever.
+
+    Collective: every process must enter it. There must be no other collective inside.
+
+    Args:
+        device: Where the process group communicates from.
+
+    Raises:
+        DistributedError: on the processes that could have gone on; it has the message and the
+            `exit_code` of the first one that could not, whose own error is raised there.
+    """
+    try:
+        yield
+    except Exception as error:
+        _share_failure(error, device)
+        raise
+    if failure := _share_failure(None, device):
+        raise failure
+
+
+def _share_failure(own: Exception | None, device: torch.device) -> DistributedError | None:
+    """What the first process that failed says; None if none did. Collective."""
+    if not is_distributed():
+        return None
+    code = 0
+    if own is not None:
+        code = own.exit_code if isinstance(own, VembedError) else VembedError.exit_code
+    codes = gather_counts(code, device)
+    if not any(codes):
+        return None
+    text = "" if own is None else str(own) if isinstance(own, VembedError) else repr(own)
+    message = torch.tensor(list(text.encode("utf-8", "replace")), dtype=torch.uint8, device=device)
+    lengths = gather_counts(len(message), device)
+    texts = torch.split(gather_rows(message, lengths), lengths)
+    rank = next(rank for rank, code in enumerate(codes) if code)
+    told = bytes(texts[rank].tolist()).decode()
+    failure = DistributedError(f"process {rank} cannot go on, so that none can: {told}")
+    failure.exit_code = codes[rank]
+    failure.is_shared = True
+    if isinstance(own, VembedError) and rank == process_index():
+        own.is_shared = True
+    return failure
 
 
 def min_over_processes(number: int, device: torch.device) -> int:

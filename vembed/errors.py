@@ -17,10 +17,13 @@ _WAIT_FOR_FIRST_PROCESS_S = 3.0
 class VembedError(Exception):
     """Base of every error that vembed raises on purpose.
 
-    `exit_code` is the status of a program that it ends.
+    Attributes:
+        exit_code: The status of a program that it ends.
+        is_shared: Whether the first process of several tells it too.
     """
 
     exit_code = 1
+    is_shared = False
 
 
 class ConfigError(VembedError, ValueError):
@@ -65,7 +68,8 @@ def exit_status(program: Callable[[], int]) -> int:
     except VembedError as error:
         if rank:
             time.sleep(_WAIT_FOR_FIRST_PROCESS_S)
-        sys.stderr.write(f"vembed{f' (process {rank})' if rank else ''}: {error}\n")
+        if not (rank and error.is_shared):
+            sys.stderr.write(f"vembed{f' (process {rank})' if rank else ''}: {error}\n")
         return error.exit_code
     except KeyboardInterrupt:
         if not rank:

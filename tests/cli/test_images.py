@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.own_encoder import load_pictures_encoder
-from tests.pictures import COLORS, mode_rows, write_pictures
+from tests.pictures import COLORS, flipped_png, mode_rows, write_pictures
 from tests.tiny import write_rows
 from vembed.cli import main
 from vembed.inference import encode_items
@@ -175,3 +176,19 @@ def test_rows_that_cannot_be_encoded(folder, capsys, row, options, expected):
     assert status == 2
     assert expected in err
     assert not [path.name for path in folder.iterdir() if path.name.startswith((".out", "out"))]
+
+
+def test_a_picture_that_one_of_two_processes_cannot_read(vembed, tmp_path):
+    folder = write_pictures(tmp_path / "data")
+    rows = mode_rows("t2i", negatives=(0,) * 8)
+    rows[4]["positives"] = ["flipped.png"]
+    (folder / "flipped.png").write_bytes(flipped_png())
+    write_rows(folder / "rows.jsonl", rows)
+    done = vembed(
+        "train", "--model_name", folder, *OWN, "--data_path", "data/rows.jsonl", "--device", "cpu",
+        "--retrieval_mode", "t2i", "--num_processes", 2, "--batch_size", 2, "--max_steps", 2,
+        "--holdout_ratio", 0, "--output_dir", "run", PYTHONPATH=str(Path(__file__).parents[2]),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("rows.jsonl:5: positive[0]: an image must be whole") == 1

@@ -53,6 +53,17 @@ def test_other_processes_wait_for_the_first_to_speak(monkeypatch, capsys):
     assert capsys.readouterr().err == "vembed (process 3): x\n"
 
 
+def test_what_the_first_process_tells_too_is_told_once(monkeypatch, capsys):
+    error = DataError("x")
+    error.is_shared = True
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
+    assert exit_status(raises(error)) == 2
+    assert capsys.readouterr().err == "vembed: x\n"
+    monkeypatch.setenv("RANK", "3")
+    assert exit_status(raises(error)) == 2
+    assert capsys.readouterr().err == ""
+
+
 def test_did_you_mean():
     assert did_you_mean("epoch", ["epochs", "lr"]) == " (did you mean 'epochs'?)"
     assert did_you_mean("zzz", ["epochs", "lr"]) == ""

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from vembed.chunking import count_tokens
 from vembed.data.records import Record
 from vembed.modes import Item
 
@@ -39,7 +40,9 @@ class Collator:
 
     - `query_*` `[B, ...]`, `positive_*` `[M, ...]`, `negative_*` `[K, ...]`: model inputs.
       Positives and negatives are in the order of their queries.
-    - `lengths_query`, `lengths_positive`, `lengths_negative`: tokens of each item, as lists.
+    - `lengths_query`, `lengths_positive`, `lengths_negative`: what each item costs to encode, as
+      `count_tokens` says it: its tokens, those of its image included. Lists, counted here and not
+      on the device.
     - `counts_positive`, `counts_negative` `[B]` int64: how many of them each query has.
     - `ids_query`, `ids_positive`, `ids_negative` int64: equal where the content is equal.
     - `labels` `[B]` int64; `scores` `[B]` float32.
@@ -78,16 +81,10 @@ class Collator:
         )
         return {
             **{f"{role}_{name}": tensor for name, tensor in inputs.items()},
-            f"lengths_{role}": _lengths(inputs, len(items)),
+            f"lengths_{role}": count_tokens(inputs),
             f"counts_{role}": torch.tensor([len(items_of(record)) for record in records]),
             f"ids_{role}": torch.tensor([item.content_id for item in items]),
         }
-
-
-def _lengths(inputs: dict[str, Tensor], count: int) -> list[int]:
-    mask = inputs.get("attention_mask")
-    # Inputs without a mask are all of one size, such as images.
-    return [1] * count if mask is None else [int(length) for length in mask.sum(1).tolist()]
 
 
 def _row_facts(records: Sequence[Record]) -> Batch:

@@ -19,7 +19,7 @@ Role = Literal["query", "document"]
 CountTokens = Callable[[Sequence[Item], Role, Sequence[str | None]], Sequence[int]]
 """`(items, role, prompts)` to the tokens of each item before truncation.
 
-The prompt and special tokens are counted too.
+Those that `max_seq_length` limits are counted: of most models, prompt and special tokens too.
 """
 
 PERCENTILES = (50, 90, 99, 100)
@@ -104,7 +104,15 @@ class TokenizingProcessor(Protocol):
 
 
 def token_counter(processor: TokenizingProcessor) -> CountTokens:
-    """Counts the tokens that a text processor would make if it did not truncate."""
+    """Counts the tokens of texts that a processor would make if it did not truncate.
+
+    Args:
+        processor: Where `max_seq_length` does not limit prompt, text and special tokens together,
+            it has a `count_tokens` of its own.
+    """
+    own: CountTokens | None = getattr(processor, "count_tokens", None)
+    if own is not None:
+        return own
 
     def count(items: Sequence[Item], role: Role, prompts: Sequence[str | None]) -> Sequence[int]:
         own = processor.prompt_for(role)

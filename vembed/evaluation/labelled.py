@@ -71,6 +71,10 @@ class LabelledTask:
         """Number of items and labels."""
         return {self._noun: len(self.items), "labels": len(np.unique(self._labels))}
 
+    def all_items(self) -> list[Item]:
+        """Everything that `evaluate` encodes."""
+        return list(self.items)
+
     def evaluate(self, encode: Encode) -> EvalResult:
         """Encode all items as documents and look at their neighbours.
 

@@ -64,6 +64,10 @@ class GradedPairsTask:
         """Number of pairs."""
         return {"pairs": len(self.scores)}
 
+    def all_items(self) -> list[Item]:
+        """Everything that `evaluate` encodes."""
+        return [*self.first, *self.second]
+
     def evaluate(self, encode: Encode) -> EvalResult:
         """Encode both sides and correlate.
 

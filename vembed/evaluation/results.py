@@ -82,6 +82,10 @@ class EvalTask(Protocol):
         """Sizes of the task, by what they count; for reports and logs."""
         ...
 
+    def all_items(self) -> list[Item]:
+        """Everything that `evaluate` encodes."""
+        ...
+
 
 def mean_result(
     task: str,

@@ -125,6 +125,10 @@ class RetrievalTask:
             "relevant pairs": pairs,
         }
 
+    def all_items(self) -> list[Item]:
+        """Everything that `evaluate` encodes."""
+        return [*self.queries, *self.documents]
+
     def evaluate(self, encode: Encode) -> EvalResult:
         """Encode both sides, rank, and measure.
 

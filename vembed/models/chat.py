@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,6 +48,11 @@ class ChatProcessor:
     A prompt is that instruction. The model's chat template decides how it all looks, and ends with
     the beginning of an answer: the last token has seen everything.
 
+    A text that spells one of the model's control tokens, such as `<|im_end|>` or the one that
+    stands for an image, gets a space behind the token's first character: it stays words. The
+    template is one string with the text in it, so `split_special_tokens` of tokenizers, which would
+    take the template apart too, is no way.
+
     Attributes:
         max_seq_length: Tokens kept of an item's text; template, instruction and image come on top,
             so that cutting a text never takes away a part of an image.
@@ -56,13 +63,14 @@ class ChatProcessor:
         """Assign and check.
 
         Raises:
-            ConfigError: if texts cannot be cut by tokens.
+            ConfigError: if texts cannot be cut by tokens, or a prompt has a control token.
         """
         if not inputs.tokenizer.is_fast:
             raise ConfigError("a vision-language model needs a fast tokenizer (tokenizer.json)")
         self.inputs = inputs
         self.max_seq_length = max_seq_length
         self.prompts = prompts
+        self._check_instructions([prompts.query, prompts.document, prompts.default])
 
     @property
     def tokenizer(self) -> Any:
@@ -102,6 +110,7 @@ class ChatProcessor:
             prompts: One per item, instead of the role's; `""` for no instruction.
 
         Raises:
+            ConfigError: if an instruction has a control token.
             DataError: if some items have an image and some have none, an item has nothing, or it
                 cannot be read.
         """
@@ -112,25 +121,60 @@ class ChatProcessor:
                 f"{'both' if with_image else 'no items'}"
             )
         chosen = self.prompts.of_items(len(items), role, prompts)
+        self._check_instructions(chosen)
         texts = self._cut([item.text for item in items])
         images = load_images(items) if with_image.pop() else [None] * len(items)
         return self.inputs([_chat(*parts) for parts in zip(chosen, images, texts, strict=True)])
+
+    def count_tokens(
+        self,
+        items: Sequence[Item],
+        role: Role | None = None,
+        prompts: Sequence[str | None] | None = None,
+    ) -> list[int]:
+        """Tokens of each item's text before it is cut: what `max_seq_length` is compared with.
+
+        Args:
+            items: Items with a text, or without, which counts 0.
+            role: Makes no difference, and neither do prompts: instructions are never cut.
+            prompts: See `role`.
+        """
+        texts = [self._words(item.text) or "" for item in items]
+        encoded = self.tokenizer(texts, add_special_tokens=False, verbose=False)
+        return [len(ids) for ids in encoded["input_ids"]]
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer, chat template and image processor."""
         self.inputs.save_pretrained(path)
 
-    def _cut(self, texts: Sequence[str | None]) -> list[str | None]:
-        """Texts of at most `max_seq_length` tokens: the rest of each is left off."""
-        found = [text for text in texts if text is not None]
-        for text in found:
-            if self.inputs.image_token is not None and self.inputs.image_token in text:
-                raise DataError(
-                    f"{self.inputs.image_token} stands for an image in this model, so a text "
-                    f"cannot have it. Received: {text!r}"
+    @cached_property
+    def _control(self) -> re.Pattern[str]:
+        """Finds the tokens that are not words, the longest first."""
+        tokens = {str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special}
+        tokens |= {*self.tokenizer.all_special_tokens, self.inputs.image_token or ""} - {""}
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+    def _check_instructions(self, instructions: Sequence[str]) -> None:
+        for instruction in dict.fromkeys(instructions):
+            if found := self._control.search(instruction):
+                raise ConfigError(
+                    f"a prompt is an instruction in plain words, which the chat template puts "
+                    f"where it belongs; it cannot have {found[0]}, a control token of this model. "
+                    f"Received: {instruction!r}"
                 )
+
+    def _words(self, text: str | None) -> str | None:
+        """The text without control tokens."""
+        if text is None:
+            return None
+        return self._control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+    def _cut(self, texts: Sequence[str | None]) -> list[str | None]:
+        """Texts of at most `max_seq_length` tokens, all of them words: the rest is left off."""
+        words = [self._words(text) for text in texts]
+        found = [text for text in words if text is not None]
         if not found:
-            return list(texts)
+            return words
         encoded = self.tokenizer(
             found, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
@@ -140,7 +184,7 @@ class ChatProcessor:
             else text
             for text, offsets in zip(found, encoded["offset_mapping"], strict=True)
         )
-        return [None if text is None else next(cut) for text in texts]
+        return [None if text is None else next(cut) for text in words]
 
 
 def _chat(instruction: str, image: Any, text: str | None) -> list[Message]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -19,9 +19,10 @@ from vembed.data import (
     token_counter,
 )
 from vembed.data.checking import require_images
+from vembed.distributed import fail_together
 from vembed.errors import DataError
 from vembed.models.protocol import Encoder
-from vembed.modes import RetrievalMode
+from vembed.modes import Item, RetrievalMode
 from vembed.training.data_utils import ROLES
 from vembed.training.first_step import FirstStepReport, FirstStepWatch, advise
 from vembed.training.model_builder import apply_lora, build_model
@@ -33,7 +34,7 @@ from vembed.training.run import (
     describe_run,
     raise_problems,
 )
-from vembed.training.run_data import Rows, build_quarantine, load_rows, load_run_data
+from vembed.training.run_data import Rows, RunData, build_quarantine, load_rows, load_run_data
 from vembed.training.training_loop import optimizer_step
 
 OnStage = Callable[[str, float | None], None]
@@ -110,12 +111,15 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     inspection = None
     if isinstance(rows, RecordDataset):
         inspection = _inspect(rows, encoder, config, on_stage)
+    on_stage("looking at validation and test images", None)
+    _decode_images(_items_measured(data, config))
     on_stage("taking one step", None)
     apply_lora(encoder, config, accelerator)
     trainer = build_trainer(config, accelerator, encoder, data)
     trainer.prepare()
     facts = describe_run(trainer, encoder, data)
-    group = list(islice(trainer.dataloader, config.gradient_accumulation_steps))
+    with fail_together(accelerator.device):
+        group = list(islice(trainer.dataloader, config.gradient_accumulation_steps))
     sample = _first_row(group[0], encoder.processor, data.train)
     started = time.perf_counter()
     watch, reports = FirstStepWatch(trainer), []
@@ -168,13 +172,23 @@ def _read_training_rows(
     while window := list(islice(records, _STREAM_WINDOW_ROWS)):
         number += len(window)
         on_stage(f"{stage}: {number:,}", None)
-        _decode_images(window)
+        _decode_images(_items_of(window))
     return stream
 
 
-def _decode_images(records: Sequence[Record]) -> None:
-    """Raise DataError if an image cannot be decoded: a stream is not looked at before."""
-    items = [item for r in records for item in (r.query, *r.positives, *r.negatives)]
+def _items_measured(data: RunData, config: TrainConfig) -> list[Item]:
+    """What validation and test encode, but for held-out rows, which were training rows before."""
+    test_task = None if config.test_data_path is None else data.test_task
+    tasks = [task for task in (data.validation_task, test_task) if task is not None]
+    return [*_items_of(data.validation or []), *(i for task in tasks for i in task.all_items())]
+
+
+def _items_of(records: Iterable[Record]) -> list[Item]:
+    return [item for r in records for item in (r.query, *r.positives, *r.negatives)]
+
+
+def _decode_images(items: Sequence[Item]) -> None:
+    """Raise DataError if an image cannot be decoded."""
     try:
         require_images(items, decode=True)
     except DataError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,7 +13,13 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from vembed.chunking import DEFAULT_CHUNK_TOKENS
-from vembed.distributed import all_reduce_sum, any_process, gather_counts, gather_rows
+from vembed.distributed import (
+    all_reduce_sum,
+    any_process,
+    fail_together,
+    gather_counts,
+    gather_rows,
+)
 from vembed.evaluation import EvalTask
 from vembed.inference import encode_items
 from vembed.modes import Item
@@ -118,7 +124,7 @@ class Evaluator:
         cache = GradientCache(chunk_tokens=self.chunk_tokens)
         device = self.accelerator.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for batch in val_dataloader:
+        for batch in self._batches(val_dataloader):
             placed = send_to_device(batch, device)
             inputs = unpack_roles(placed, self.retrieval_mode)
             embeddings = cache.embed(
@@ -138,6 +144,16 @@ class Evaluator:
             raise ValueError("evaluate: expected at least one batch. Received: an empty dataloader")
         return float(loss_sum / queries)
 
+    def _batches(self, dataloader: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+        """The batches of a dataloader; where one process cannot make its own, all end alike."""
+        batches = iter(dataloader)
+        while True:
+            with fail_together(self.accelerator.device):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
     def _measure(self, task: EvalTask) -> dict[str, float]:
         encode = sharded_encode(self.model, self.accelerator, self.chunk_tokens)
         return dict(task.evaluate(encode).metrics)
@@ -154,10 +170,11 @@ def sharded_encode(
 
     def encode(items: Sequence[Item], role: Literal["query", "document"]) -> Vectors:
         workers, this = accelerator.num_processes, accelerator.process_index
-        own = encode_items(
-            encoder, items[this::workers], role=role, chunk_tokens=chunk_tokens,
-            device=accelerator.device,
-        )  # fmt: skip
+        with fail_together(accelerator.device):
+            own = encode_items(
+                encoder, items[this::workers], role=role, chunk_tokens=chunk_tokens,
+                device=accelerator.device,
+            )  # fmt: skip
         if workers == 1:
             return own
         counts = [len(range(process, len(items), workers)) for process in range(workers)]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vembed.distributed import fail_together
 from vembed.errors import ConfigError, VembedError
 from vembed.training.checkpoint import STEP_FOLDER, remove_old_checkpoints, save_checkpoint
 from vembed.training.data_utils import count_rows
@@ -145,7 +146,10 @@ def _step_groups(trainer: Trainer, plan: StepPlan, state: TrainState) -> Iterato
         _set_epoch(trainer.dataloader, epoch)
         batches = iter(trainer.dataloader)
         for number in count(1):
-            group = list(islice(batches, size))
+            # A row that only one process meets must not leave the others waiting in the step. This
+            # one small collective comes where a step waits for others anyway.
+            with fail_together(trainer.accelerator.device):
+                group = list(islice(batches, size))
             if not group:
                 break
             state.epoch = epoch + number / (plan.per_epoch or plan.total)

@@ -38,7 +38,7 @@ class WordProcessor:
 
 class ImageProcessor:
     def __call__(self, items, *, role, prompts=None):
-        return {"pixel_values": torch.zeros(len(items), 3, 4, 4)}
+        return {"pixel_values": torch.zeros(len(items), 3, 224, 224)}
 
 
 def test_roles_are_flat_and_in_the_order_of_the_queries():
@@ -121,7 +121,15 @@ def test_large_labels_and_ids_keep_all_bits():
     assert int(batch["labels"][0]) == label
 
 
-def test_inputs_without_a_mask_count_one_each():
+def test_images_cost_their_pixels():
     batch = Collator(ImageProcessor())(RECORDS[:1])
-    assert batch["lengths_positive"] == [1, 1]
-    assert batch["positive_pixel_values"].shape == (2, 3, 4, 4)
+    assert batch["lengths_positive"] == [196, 196]
+    assert batch["positive_pixel_values"].shape == (2, 3, 224, 224)
+
+
+def test_an_image_beside_a_text_costs_both():
+    def both(items, *, role, prompts=None):
+        return WordProcessor()(items, role=role) | ImageProcessor()(items, role=role)
+
+    batch = Collator(both)(RECORDS)
+    assert batch["lengths_query"] == [196 + length for length in (4, 3, 4)]

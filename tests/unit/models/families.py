@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from tests import tiny
+from vembed.data import Collator, Record
 from vembed.inference import encode_items
 from vembed.losses import build_criterion
 from vembed.models import load_encoder
@@ -136,12 +137,12 @@ def vectors(encoder: Any, of: Any, role: Any = None, **options: Any) -> np.ndarr
 def batch_for(encoder: Any, mode: str, count: int = 4) -> dict[str, Any]:
     """What the collator makes of `count` rows of queries and positives."""
     letters = RetrievalMode.parse(mode)
-    query = encoder.processor(items(letters.query, count), role="query")
-    document = encoder.processor(items(letters.document, count, 4), role="document")
-    return {
-        **{f"query_{name}": tensor for name, tensor in query.items()},
-        **{f"positive_{name}": tensor for name, tensor in document.items()},
-    }
+    pairs = zip(items(letters.query, count), items(letters.document, count, 4), strict=True)
+    records = [
+        Record(query=query, positives=(positive,), row_index=row)
+        for row, (query, positive) in enumerate(pairs)
+    ]
+    return Collator(encoder.processor)(records)
 
 
 def make_trainer(model: str | Path | None, mode: str, tmp_path: Path, **settings: Any) -> Trainer:

@@ -22,6 +22,8 @@ from tests.unit.models.families import (
     make_trainer,
     vectors,
 )
+from vembed.chunking import count_rows, count_tokens, padded_length
+from vembed.training.data_utils import unpack_roles
 
 FAMILIES = list(MODALITIES)
 
@@ -181,3 +183,22 @@ def test_vectors_of_another_size(family, tmp_path):
     assert trained.shape == (4, 12)
     np.testing.assert_allclose(vectors(again, items(letter)), trained, atol=1e-6)
     assert load(tmp_path / "final", projection_dim=12).describe() == again.describe()
+
+
+@pytest.mark.parametrize(("family", "mode"), [("clip", "i2i"), ("composed", "m2m"), ("vit", "i2i")])
+def test_the_token_budget_cuts_images_in_training_as_in_evaluation(
+    family, mode, tmp_path, monkeypatch
+):
+    trainer = make_trainer(family_path(family), mode, tmp_path, max_steps=1)
+    (batch,) = trainer.dataloader
+    inputs = unpack_roles(batch, mode)
+    costs = {role: count_tokens(of_role) for role, of_role in inputs.items()}
+    assert {role: batch[f"lengths_{role}"] for role in inputs} == costs
+    budget = 2 * max(max(of_role) for of_role in costs.values())
+    trainer = make_trainer(family_path(family), mode, tmp_path, max_steps=1, chunk_tokens=budget)
+    chunks = []
+    encode = trainer._embed
+    monkeypatch.setattr(trainer, "_embed", lambda chunk: chunks.append(chunk) or encode(chunk))
+    trainer.step(batch)
+    assert sum(map(count_rows, chunks)) == 8
+    assert all(count_rows(chunk) * padded_length(chunk) <= budget for chunk in chunks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from tests import tiny
 from tests.unit.models.families import family_path, items, load, make_trainer, vectors
 from vembed.chunking import take_rows
+from vembed.data import token_counter
 from vembed.errors import CheckpointError, ConfigError, DataError
 from vembed.images import load_image
 from vembed.models.vlm import DEFAULT_INSTRUCTION
@@ -171,6 +173,19 @@ def test_a_long_text_is_cut_and_everything_else_stays():
     assert text.count("<|image_pad|>") == patches
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_check_counts_what_is_cut(family):
+    texts = [*TEXTS, "a <|im_end|> b"]
+    long = load(family_path(family))
+    whole = token_counter(long.processor)([Item(t) for t in texts], "query", [None] * len(texts))
+    assert max(whole) < long.processor.max_seq_length
+    for text, count in zip(texts, whole, strict=True):
+        alone = rendered(long, [Item(text)], "query")
+        fits, cut = (load(family_path(family), max_seq_length=n) for n in (count, count - 1))
+        assert rendered(fits, [Item(text)], "query") == alone
+        assert rendered(cut, [Item(text)], "query") != alone
+
+
 def test_the_length_of_texts_is_saved(tmp_path):
     load(family_path("qwen2_vl"), max_seq_length=5).save_pretrained(tmp_path)
     encoder = load(tmp_path)
@@ -222,13 +237,47 @@ def test_a_frozen_half_stays_as_it_is(tower, tmp_path):
     [
         ([Item()], "an item with neither"),
         ([*items("t", 1), *items("i", 1)], "all have an image, or none may. Received: both"),
-        ([Item(text="a <|image_pad|> b")], "stands for an image in this model"),
         ([], "no items"),
     ],
 )
 def test_what_makes_no_chat_is_refused(of, says):
     with pytest.raises(DataError, match=says.replace("|", r"\|")):
         load(family_path("qwen2_vl")).processor(of, role="query")
+
+
+CONTROL = {
+    "qwen2_vl": ["<|im_end|>", "<|vision_start|>", "<|image_pad|>", "<|endoftext|>"],
+    "llava": ["<image>", "<|im_start|>"],
+}
+
+
+@pytest.mark.parametrize("letter", "tm")
+@pytest.mark.parametrize("family", CONTROL)
+def test_a_text_cannot_become_a_control_token(family, letter):
+    encoder = load(family_path(family))
+    tokenizer = encoder.processor.tokenizer
+    plain = items(letter, 1)[0]
+    for token in CONTROL[family]:
+        number = tokenizer.convert_tokens_to_ids(token)
+        texts = [f"a {token} b", f"{token}{token}", f"{token[0]}{token}{token[1:]}"]
+        found = encoder.processor([Item(t, plain.image) for t in texts], role="query")["input_ids"]
+        (usual,) = (encoder.processor([plain], role="query")["input_ids"] == number).sum(1)
+        # A batch is padded with one of them.
+        if token != tokenizer.pad_token:
+            assert (found == number).sum(1).tolist() == [int(usual)] * 3, token
+        spelled = tokenizer.decode(found[0], skip_special_tokens=False)
+        assert f"a {token[0]} {token[1:]} b" in spelled
+    assert np.isfinite(vectors(encoder, [Item(token) for token in CONTROL[family]])).all()
+
+
+@pytest.mark.parametrize("family", CONTROL)
+def test_an_instruction_cannot_have_control_tokens(family):
+    token = CONTROL[family][0]
+    says = rf"a prompt is an instruction.*{re.escape(token)}.*Received: 'a {re.escape(token)}'"
+    with pytest.raises(ConfigError, match=says):
+        load(family_path(family), query_prompt=f"a {token}")
+    with pytest.raises(ConfigError, match=says):
+        load(family_path(family)).processor(items("t", 1), role="query", prompts=[f"a {token}"])
 
 
 def test_the_first_token_says_nothing():

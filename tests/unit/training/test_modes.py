@@ -151,6 +151,18 @@ def test_a_check_finds_what_the_header_does_not_show(folder, tmp_path, streaming
     assert [record.where for record in result.bad_records] == [f"{path}:4", f"{path}:6"]
 
 
+@pytest.mark.parametrize("key", ["val_data_path", "test_data_path"])
+def test_a_check_decodes_what_is_measured_on_too(folder, tmp_path, key):
+    (folder / "flipped.png").write_bytes(flipped_png())
+    rows = mode_rows("t2i")
+    run = settings(folder, "t2i", tmp_path)
+    check(run | {key: str(write_rows(folder / "whole.jsonl", rows))})
+    rows[3]["positives"] = ["flipped.png"]
+    path = write_rows(folder / "damaged.jsonl", rows)
+    with pytest.raises(DataError, match=r"damaged\.jsonl:4: positive.*: an image must be whole"):
+        check(run | {key: str(path)})
+
+
 def test_pictures_with_the_same_bytes_are_told(folder, tmp_path):
     (folder / "copy.png").write_bytes(picture("red"))
     rows = mode_rows("i2i", negatives=(0,) * 8)
