@@ -92,8 +92,8 @@ def _whole_or_auto(least: int) -> Callable[[Any], Any]:
 
 
 def _one_or_more(value: Any) -> Any:
-    """A single name as a list of one."""
-    return [value] if isinstance(value, str) else value
+    """A single name as a list of one; a list whose bracket is not closed stays what it is."""
+    return [value] if isinstance(value, str) and not value.startswith("[") else value
 
 
 def _read_lr_choice(value: Any) -> Any:
@@ -111,11 +111,17 @@ def _read_lr_choice(value: Any) -> Any:
     return {"lr": number} if isinstance(value, Mapping) else number
 
 
+def _to_lower(value: Any) -> Any:
+    return value.lower() if isinstance(value, str) else value
+
+
+LowerCase = Annotated[str, BeforeValidator(_to_lower)]
 Patterns = Annotated[list[str], BeforeValidator(_one_or_more)]
+Towers = Annotated[list[Literal["text", "image"]], BeforeValidator(_one_or_more)]
 LrChoice = Annotated[float | dict[str, float], BeforeValidator(_read_lr_choice)]
 PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_or_auto(1))]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
-ImageHost = Annotated[str, AfterValidator(read_host)]
+Hosts = Annotated[list[Annotated[str, AfterValidator(read_host)]], BeforeValidator(_one_or_more)]
 TileSize = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(1))]
 
 
@@ -213,7 +219,7 @@ class TrainConfig(BaseModel):
         gt=0,
         description="Size of the vectors; a model of another size gets a linear layer to train",
     )
-    freeze_towers: list[Literal["text", "image"]] = Field(
+    freeze_towers: Towers = Field(
         default_factory=list,
         description="Halves of a model for texts and images that are not trained: text, image",
     )
@@ -246,7 +252,7 @@ class TrainConfig(BaseModel):
         32, gt=0, description="LoRA scale: updates are multiplied by lora_alpha / lora_r"
     )
     lora_dropout: Float = Field(0.05, ge=0, lt=1, description="Dropout on the LoRA input")
-    lora_target_modules: list[str] | None = Field(
+    lora_target_modules: Patterns | None = Field(
         None, description="Names of the layers to adapt; null: all linear layers"
     )
     use_dora: bool = Field(
@@ -280,7 +286,7 @@ class TrainConfig(BaseModel):
         lt=1,
         description="Share of data_path held out as test set when test_data_path is null",
     )
-    retrieval_mode: str = Field(
+    retrieval_mode: LowerCase = Field(
         "t2t",
         pattern="^[tim]2[tim]$",
         description="Modality of query and document: t text, i image, m both, as in t2i",
@@ -294,7 +300,7 @@ class TrainConfig(BaseModel):
         description="Folder that image paths are relative to, and must stay under; null: that of "
         "the data file",
     )
-    image_hosts: list[ImageHost] = Field(
+    image_hosts: Hosts = Field(
         [],
         description="Hosts that images may be fetched from, as in [example.org]; fetched once, "
         "while rows are read; none: URLs are refused",
@@ -507,7 +513,7 @@ class TrainConfig(BaseModel):
     run_name: str | None = Field(
         None, description="Run name in the trackers; null: the output folder's name"
     )
-    tags: list[str] = Field(default_factory=list, description="Tags in the trackers that have them")
+    tags: Patterns = Field(default_factory=list, description="Tags in the trackers that have them")
     progress: bool = Field(True, description="Show progress bars")
 
     def __init__(self, **settings: Any) -> None:
@@ -888,7 +894,8 @@ _RULES = {
     "bool_type": "expected true or false",
     "string_type": "expected text",
     "string_too_short": "expected text that is not empty",
-    "string_pattern_mismatch": "expected two of t (text), i (image), m (both) around a 2",
+    "string_pattern_mismatch": "expected two of t (text), i (image), m (both) around a 2, such as "
+    "t2i",
     "list_type": "expected a list, as in [a, b]",
     "tuple_type": "expected a list, as in [a, b]",
     "dict_type": "expected keys with values, as in {{a: b}}",

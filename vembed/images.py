@@ -30,9 +30,13 @@ Everything else that Pillow could open is refused: EPS starts Ghostscript, TIFF 
 samples of any kind. The content decides, whatever the name ends in.
 """
 
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+"""How the names of image files end, in lower case; what is in a file is another question."""
+
 MOST_PIXELS = 178_956_970
 """The highest `max_pixels` there is: Pillow itself refuses larger images."""
 
+_SPELLINGS = {".jpg": (".jpeg", ".JPEG"), ".jpeg": (".jpg", ".JPG")}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|(data|file|https?|ftp|s3|gs|hf):", re.IGNORECASE)
 _TAIL_BYTES = 4096
 _SHOWN_CHARACTERS = 120
@@ -154,7 +158,16 @@ class ImageFile(ImageSource):
     prefix: str = ""
 
     def __str__(self) -> str:
-        return repr(shorten(self.path))
+        return repr(shorten(self._location if self._is_own else self.path))
+
+    @property
+    def _location(self) -> str:
+        return os.path.join(self.root, self.path)
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether a program named it, and no data: its folder is then all of the disk."""
+        return os.path.dirname(self.root) == self.root
 
     @property
     def identity(self) -> str:
@@ -170,11 +183,7 @@ class ImageFile(ImageSource):
         try:
             file = open(self._resolved(), "rb")  # noqa: SIM115 - the caller closes it
         except FileNotFoundError:
-            raise self.error(
-                "there is no such image file",
-                f"looked for in {self.root!r}",
-                "Paths are relative to image_root; without it, to the folder of the data file.",
-            ) from None
+            raise self._missing() from None
         except OSError as error:
             raise self.error("an image file must be readable", f"{error.strerror}") from None
         try:
@@ -183,6 +192,24 @@ class ImageFile(ImageSource):
             file.close()
             raise
         return file
+
+    def _missing(self) -> ImageError:
+        advice = "Paths are relative to image_root; without it, to the folder of the data file."
+        if "\\" in self.path:
+            advice = f"Write '/' between folders: {shorten(self.path.replace(chr(92), '/'))!r}."
+        elif other := self._other_ending():
+            advice = f"Did you mean {shorten(other)!r}?"
+        elif self._is_own:
+            advice = ""
+        detail = "" if self._is_own else f"looked for in {self.root!r}"
+        return self.error("there is no such image file", detail, advice)
+
+    def _other_ending(self) -> str | None:
+        """The path with its ending in other letters (`.JPG` for `.jpg`), if there is that file."""
+        name, ending = os.path.splitext(self.path)
+        others = [ending.lower(), ending.upper(), *(_SPELLINGS.get(ending.lower(), ()))]
+        existing = (other for other in others if os.path.isfile(f"{self.root}/{name}{other}"))
+        return next((f"{name}{other}" for other in existing), None)
 
     def _resolved(self) -> str:
         """The path behind all links, once it is known to be a file under the root."""
@@ -485,7 +512,7 @@ def _read_header(source: ImageSource, file: BinaryIO) -> Image:
         file.seek(0)
         raise source.error(
             f"an image must be one of {', '.join(FORMATS)}",
-            f"which begins with {file.read(16)!r}",
+            _foreign(file.read(16)),
             "Convert it, or remove the row.",
         ) from None
     except Image.DecompressionBombError as error:
@@ -495,6 +522,25 @@ def _read_header(source: ImageSource, file: BinaryIO) -> Image:
     except Exception as error:
         # A damaged header: Pillow's decoders raise whatever happens to them.
         raise _damaged(source, error) from None
+
+
+_FOREIGN = {
+    b"II*\0": "a TIFF",
+    b"MM\0*": "a TIFF",
+    b"%PDF": "a PDF",
+    b"<svg": "an SVG",
+    b"PK\x03\x04": "a ZIP",
+}
+"""First bytes of what people take for images, and its name."""
+
+
+def _foreign(start: bytes) -> str:
+    """What a file is, by its first 16 bytes."""
+    if start[4:8] == b"ftyp":
+        brand = start[8:12].decode("ascii", "replace").strip().upper()
+        return f"which is of the kind {brand!r}"
+    kind = next((name for mark, name in _FOREIGN.items() if start.startswith(mark)), None)
+    return f"which begins with {start!r}" if kind is None else f"which is {kind}"
 
 
 def _check_pixels(source: ImageSource, image: Image) -> None:

@@ -28,20 +28,20 @@ class RetrievalMode:
 
     @classmethod
     def parse(cls, mode: str | RetrievalMode) -> RetrievalMode:
-        """Read a mode such as `"t2i"`.
+        """Read a mode such as `"t2i"`, in small letters or capitals.
 
         Raises:
             ConfigError: if `mode` is not two of the letters t, i, m around a 2.
         """
         if isinstance(mode, RetrievalMode):
             return mode
-        query, two, document = str(mode).partition("2")
+        query, two, document = str(mode).lower().partition("2")
         if two and query in MODALITIES and document in MODALITIES:
             return cls(query, document)
         known = ", ".join(str(m) for m in all_modes())
         raise ConfigError(
-            f"retrieval_mode: expected two of t (text), i (image), m (text+image) around a 2. "
-            f"Received: {mode!r}. One of: {known}"
+            "retrieval_mode: expected two of t (text), i (image), m (text+image) around a 2, such "
+            f"as t2i. Received: {mode!r}. One of: {known}"
         )
 
     def __str__(self) -> str:

@@ -93,7 +93,7 @@ def test_more_rows_than_are_held_at_once(encode, expected, tmp_path, monkeypatch
 
 def test_it_says_where_the_vectors_are(encode, tmp_path, capsys):
     encode(write(tmp_path / "rows.txt", "red\n"))
-    assert f"{tmp_path / 'out.npy'}: 1 x 32 float32" in capsys.readouterr().out
+    assert f"{tmp_path / 'out.npy'}: 1 text, 1 x 32 float32" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_it_says_where_the_vectors_are(encode, tmp_path, capsys):
             "rows.jsonl",
             '{"txt": "a"}\n',
             [],
-            "no column 'text'. Columns: txt. Name one with --column",
+            "no column 'text' (did you mean 'txt'?). Columns: txt. Name one with --column",
         ),
         ("rows.jsonl", '{"text": "a"}\n', ["--id_column", "k"], "Name one with --id_column"),
         ("rows.jsonl", '{"text": "a", "id": "x\\ny"}\n', [], "id: expected an id in one line"),
@@ -163,7 +163,7 @@ def test_token_vectors_and_where_each_item_begins(late_path, tmp_path, monkeypat
     assert offsets.tolist() == [0, *np.cumsum([len(array) for array in expected])]
     for row, array in enumerate(expected):
         np.testing.assert_allclose(vectors[offsets[row] : offsets[row + 1]], array, atol=2e-6)
-    assert f"{len(vectors)} x 8 float32, of 4 rows" in capsys.readouterr().out
+    assert f"4 texts, {len(vectors)} x 8 float32" in capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"rows.txt", "out.npz", "out.ids.txt"}
 
 

@@ -192,3 +192,41 @@ def test_a_picture_that_one_of_two_processes_cannot_read(vembed, tmp_path):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert done.stderr.count("rows.jsonl:5: positive[0]: an image must be whole") == 1
+
+
+def test_encode_says_what_it_embedded(folder, capsys):
+    write_rows("rows.jsonl", [{"text": f"a {n}", "image": f"{n}.png"} for n in NAMES[:3]])
+    arguments = ("encode", "--model", folder, "--data", "rows.jsonl", "--output", "out.npy")
+    for modality, said in (
+        ("t", "3 texts, "),
+        ("i", "3 images, "),
+        ("m", "3 texts with their images, "),
+    ):
+        status, shown, _ = run(capsys, *arguments, "--modality", modality, "--device", "cpu")
+        assert (status, f"out.npy: {said}3 x 8 float32" in shown) == (0, True), shown
+
+
+@pytest.mark.parametrize("ending", ["csv", "txt"])
+def test_encode_refuses_names_of_image_files_as_texts(folder, capsys, ending):
+    """The paths, embedded as texts, would be vectors that look fine and find nothing."""
+    (folder / "photos").mkdir()
+    for name in NAMES[:3]:
+        (folder / f"{name}.png").rename(folder / "photos" / f"{name}.png")
+    lines = [f"photos/{name}.png" for name in NAMES[:3]]
+    if ending == "csv":
+        lines = ["caption,image", *(f"a picture,{line}" for line in lines)]
+    (folder / f"rows.{ending}").write_text("\n".join(lines))
+    arguments = ("--model", folder, "--data", f"rows.{ending}", "--output", "out.npy")
+    column = ("--column", "image") if ending == "csv" else ()
+    status, _, err = run(capsys, "encode", *arguments, *column, "--device", "cpu")
+    assert status == 2
+    assert f"rows.{ending}: most" in err
+    assert "name image files, such as 'photos/red.png'" in err
+    assert ("--modality i --image_column image" if ending == "csv" else "--modality i\n") in err
+    assert not (folder / "out.npy").exists()
+    # The captions beside them, and names of which most are no files, are texts.
+    if ending == "csv":
+        assert run(capsys, "encode", *arguments, "--column", "caption", "--device", "cpu")[0] == 0
+    gone = [line for line in lines if "red" not in line]
+    (folder / f"rows.{ending}").write_text("\n".join([*gone, *[lines[-1] + "x"] * 3]))
+    assert run(capsys, "encode", *arguments, *column, "--device", "cpu")[0] == 0

@@ -51,7 +51,7 @@ def problems_of(**settings) -> list[str]:
         ({"use_lora": "maybe"}, "use_lora: expected true or false. Received: 'maybe'"),
         ({"encoder_mode": None}, "encoder_mode: expected text. Received: null"),
         ({"output_dir": ""}, "output_dir: expected text that is not empty. Received: ''"),
-        ({"tags": "a"}, "tags: expected a list, as in [a, b]. Received: 'a'"),
+        ({"tags": 3}, "tags: expected a list, as in [a, b]. Received: 3"),
         ({"tags": [1]}, "tags[0]: expected text. Received: 1"),
         ({"loss_kwargs": 3}, "loss_kwargs: expected keys with values, as in {a: b}. Received: 3"),
         ({"column_mapping": {"query": 3}}, "column_mapping.query: expected text. Received: 3"),
@@ -59,8 +59,8 @@ def problems_of(**settings) -> list[str]:
         ({"optimizer_betas": [0.9, 1]}, "optimizer_betas[1]: must be below 1. Received: 1"),
         (
             {"retrieval_mode": "t2x"},
-            "retrieval_mode: expected two of t (text), i (image), m (both) around a 2. "
-            "Received: 't2x'",
+            "retrieval_mode: expected two of t (text), i (image), m (both) around a 2, such as "
+            "t2i. Received: 't2x'",
         ),
         (
             {"torch_dtype": "flaot32"},
@@ -345,3 +345,21 @@ class TestShippedFile:
         starts = [keys.index(first) for first in SECTIONS.values()]
         assert starts[0] == 0
         assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize(
+    ("key", "word"),
+    [
+        ("freeze", "vision"),
+        ("freeze_towers", "image"),
+        ("lora_target_modules", "query"),
+        ("tags", "a"),
+        ("image_hosts", "example.org"),
+    ],
+)
+def test_a_single_word_is_a_list_of_one(key, word):
+    assert TrainConfig(**{key: word})[key] == [word]
+
+
+def test_a_retrieval_mode_in_capitals():
+    assert TrainConfig(retrieval_mode="T2I").retrieval_mode == "t2i"

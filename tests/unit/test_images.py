@@ -417,3 +417,41 @@ def test_importing_it_does_not_pay_for_pillow():
     code = "import sys, vembed.images, vembed.modes; print({'PIL', 'torch'} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
+
+
+# --- mistakes of people, told by what they are
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (encode(plain("red"), "TIFF"), "which is a TIFF."),
+        (b"MM\0*" + bytes(20), "which is a TIFF."),
+        (b"%PDF-1.7 and so on", "which is a PDF."),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "which is of the kind 'HEIC'."),
+        (b"plain words of a text", "which begins with b'plain words of a'."),
+    ],
+)
+def test_foreign_files_are_called_by_their_name(data, said):
+    with pytest.raises(ImageError, match="must be one of JPEG") as caught:
+        load_image(ImageBytes(data))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("photos/a.JPG", "Did you mean 'photos/a.jpg'?"),
+        ("photos/a.jpeg", "Did you mean 'photos/a.jpg'?"),
+        ("photos/b.png", "Did you mean 'photos/b.PNG'?"),
+        ("photos\\a.jpg", "Write '/' between folders: 'photos/a.jpg'."),
+        ("photos/c.png", "Paths are relative to image_root; without it, to the folder of the data"),
+    ],
+)
+def test_a_path_that_is_nearly_right(tmp_path, path, advice):
+    (tmp_path / "photos").mkdir()
+    for name in ("a.jpg", "b.PNG"):
+        (tmp_path / "photos" / name).write_bytes(picture())
+    with pytest.raises(ImageError, match="there is no such image file") as caught:
+        ImageFolder(str(tmp_path)).find(path).open()
+    assert advice in str(caught.value)

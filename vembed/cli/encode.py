@@ -14,17 +14,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vembed.cli.image_options import add_image_options, image_rules
 from vembed.cli.terminal import progress_bar
-from vembed.errors import ConfigError, DataError
-from vembed.modes import MODALITIES, MULTIMODAL, TEXT, Item
+from vembed.errors import ConfigError, DataError, did_you_mean
+from vembed.modes import IMAGE, MODALITIES, MULTIMODAL, TEXT, Item
 
 if TYPE_CHECKING:
     from vembed.data.cells import CellReader
+    from vembed.data.sources import Source
     from vembed.inference import Predictor
 
 ID_COLUMNS = ("_id", "id")
 """Columns that name a row unless `--id_column` does."""
 
 ARRAY_FILE, TOKENS_FILE = ".npy", ".npz"
+
+_NAMES = {
+    TEXT: ("text", "texts"),
+    IMAGE: ("image", "images"),
+    MULTIMODAL: ("text with its image", "texts with their images"),
+}
 
 # Rows read, encoded and written at a time: what is held in memory does not grow with the file.
 _WINDOW_ROWS = 8192
@@ -58,7 +65,8 @@ def main(argv: list[str]) -> int:
     with _replacing(ids_path) as ids_part, _replacing(output) as vectors_part:
         count = _write_ids(_read_rows(arguments), ids_part, arguments.data)
         written = _write_vectors(_read_rows(arguments), vectors_part, count, arguments)
-    sys.stdout.write(f"{output}: {written}; ids: {ids_path}\n")
+    what = _NAMES[arguments.modality][count != 1]
+    sys.stdout.write(f"{output}: {count:,} {what}, {written}; ids: {ids_path}\n")
     return 0
 
 
@@ -135,9 +143,8 @@ def _read_lines(arguments: argparse.Namespace) -> Iterator[ItemRow]:
 
 def _read_table(arguments: argparse.Namespace) -> Iterator[ItemRow]:
     from vembed.data.problems import RowProblem
-    from vembed.data.sources import find_source
 
-    source = find_source(arguments.data, split="train", own_split=False, streaming=False)
+    source = _source(arguments)
     cells = _cells(arguments, source.image_root)
     for row in source.read():
         where = f"{source.files[row.file]}:{row.line}"
@@ -171,6 +178,12 @@ def _item(
         return cells.item(modality, cell, field="item", place=column)
 
 
+def _source(arguments: argparse.Namespace) -> Source:
+    from vembed.data.sources import find_source
+
+    return find_source(arguments.data, split="train", own_split=False, streaming=False)
+
+
 def _cells(arguments: argparse.Namespace, folder: str | None) -> CellReader:
     from vembed.data.cells import CellReader
 
@@ -193,7 +206,8 @@ def _cell(values: Any, column: str, where: str, option: str) -> Any:
     if column not in values:
         columns = ", ".join(map(str, values))
         raise DataError(
-            f"{where}: no column {column!r}. Columns: {columns}. Name one with {option}"
+            f"{where}: no column {column!r}{did_you_mean(column, map(str, values))}. "
+            f"Columns: {columns}. Name one with {option}"
         )
     return values[column]
 
@@ -225,6 +239,7 @@ def _write_vectors(
     predictor = Predictor(
         arguments.model, device=arguments.device, encoder_mode=arguments.encoder_mode
     )
+    _refuse_file_names(predictor, arguments)
     keeps_tokens = predictor.encoder.pooling_method == NO_POOLING
     fitting = TOKENS_FILE if keeps_tokens else ARRAY_FILE
     if Path(arguments.output).suffix != fitting:
@@ -236,6 +251,27 @@ def _write_vectors(
     write = _write_tokens if keeps_tokens else _write_array
     with progress_bar("encoding", count) as advance:
         return write(_encode_windows(rows, predictor, arguments, advance), path, count)
+
+
+def _refuse_file_names(predictor: Predictor, arguments: argparse.Namespace) -> None:
+    """Raise DataError if most texts name image files, and the model embeds images."""
+    from vembed.data.file_names import image_file_among
+
+    if arguments.modality != TEXT or IMAGE not in predictor.encoder.modalities:
+        return
+    is_list = arguments.data.endswith(".txt")
+    own = str(Path(arguments.data).parent) if is_list else _source(arguments).image_root
+    folder = image_rules(arguments).folder(own)
+    texts = (row.item.text for row in _read_rows(arguments))
+    name = image_file_among(texts, "" if folder is None else folder.root)
+    if name is None:
+        return
+    column = "" if is_list else f" --image_column {arguments.column}"
+    place = "lines" if is_list else f"cells of the column {arguments.column!r}"
+    raise DataError(
+        f"{arguments.data}: most {place} name image files, such as {name!r}, and would be embedded "
+        f"as texts. To embed the images, say --modality i{column}"
+    )
 
 
 def _encode_windows(
@@ -286,4 +322,4 @@ def _write_tokens(windows: Iterator[Any], path: Path, count: int) -> str:
         vectors = np.memmap(raw, dtype=np.float32, mode="r", shape=shape)
         with path.open("wb") as file:
             np.savez(file, vectors=vectors, offsets=offsets)
-    return f"{shape[0]:,} x {size} float32, of {count:,} rows"
+    return f"{shape[0]:,} x {size} float32"

@@ -96,7 +96,7 @@ def checked_rows(
             yield checked
             continue
         problems.add(checked.row, where)
-        if problems.is_full or stop_at_first:
+        if problems.is_full or stop_at_first or checked.row.ends_reading:
             break
     problems.raise_if_any()
     if not count:
@@ -117,6 +117,8 @@ def _parsed_rows(
             row = parser.parse(values)
         except RowProblem as problem:
             row = problem
+            # All rows have the same columns: the others would only say it again.
+            row.ends_reading |= problem.about_columns and source.has_header
         yield CheckedRow(line, file, row)
         if progress is not None and number % _PROGRESS_ROWS == 0:
             progress(done)

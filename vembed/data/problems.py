@@ -11,6 +11,7 @@ from vembed.errors import DataError
 PROBLEM_LIMIT = 20
 """Problems after which a file is read no further: enough to see their kinds."""
 
+_SHOWN_PROBLEMS = 8
 _SHOWN_CHARACTERS = 80
 _SHOWN_NAMES = 12
 
@@ -28,6 +29,7 @@ class RowProblem(Exception):
         advice: str = "",
         ends_reading: bool = False,
         file: str = "",
+        about_columns: bool = False,
     ) -> None:
         """Assign.
 
@@ -39,6 +41,8 @@ class RowProblem(Exception):
             advice: What to do, as a sentence.
             ends_reading: Whether nothing can be read behind it, so that it is no matter of one row.
             file: The image file it is about; another state of it may be better.
+            about_columns: Whether it is a matter of which columns there are, so that rows with the
+                same columns have the same problem.
         """
         super().__init__(f"{field}: {rule}")
         self.field = field
@@ -48,6 +52,7 @@ class RowProblem(Exception):
         self.advice = advice
         self.ends_reading = ends_reading
         self.file = file
+        self.about_columns = about_columns
 
     @property
     def kind(self) -> str:
@@ -66,10 +71,11 @@ class RowProblem(Exception):
 
 
 class ProblemLog:
-    """Keeps the first problem of a file and counts the others by kind."""
+    """Keeps the first problems of a file and counts the others by kind."""
 
     def __init__(self) -> None:
-        self._first = ""
+        self._shown: list[str] = []
+        self._columns: set[tuple[str, str]] = set()
         self._kinds: Counter[str] = Counter()
         self._total = 0
 
@@ -81,10 +87,13 @@ class ProblemLog:
     def add(self, problem: RowProblem, where: str) -> None:
         """Note a problem met at `where` (`file:line`)."""
         self._total += 1
-        if self._total == 1:
-            self._first = problem.describe_at(where)
-        else:
+        columns = (problem.kind, problem.received)
+        if len(self._shown) == _SHOWN_PROBLEMS or columns in self._columns:
             self._kinds[problem.kind] += 1
+            return
+        self._shown.append(problem.describe_at(where))
+        if problem.about_columns:
+            self._columns.add(columns)
 
     def raise_if_any(self) -> None:
         """Raise one DataError about everything that was added, if anything was."""
@@ -93,13 +102,15 @@ class ProblemLog:
             raise DataError(self.summary(stopped))
 
     def summary(self, remark: str = "") -> str:
-        """The first problem, and of what kinds the others are; the remark goes with their count."""
-        more = self._total - 1
-        if more <= 0:
-            return self._first
-        kinds = "; ".join(f"{count} x {kind}" for kind, count in self._kinds.most_common())
-        count = f"{more} more problem{'s' if more > 1 else ''}"
-        return f"{self._first}\n  and {count}{remark}: {kinds}"
+        """The first problems, and of what kinds the others are; the remark goes with their count.
+
+        What is wrong with the columns is told once.
+        """
+        lines = list(self._shown)
+        if more := self._kinds.total():
+            kinds = "; ".join(f"{count} x {kind}" for kind, count in self._kinds.most_common())
+            lines.append(f"and {more} more problem{'s' if more > 1 else ''}{remark}: {kinds}")
+        return "\n  ".join(lines)
 
 
 def describe(value: Any) -> str:

@@ -168,16 +168,19 @@ class Tally:
         Raises:
             DataError: if too many rows are bad, or all of them.
         """
-        self._check()
+        self._check(ended=True)
         if self._bad and self._bad == self.rows:
             raise DataError(f"{self._path}: no row of it can be used. {self._log.summary()}")
 
-    def _check(self) -> None:
+    def _check(self, *, ended: bool = False) -> None:
         if self._bad <= (self._limit if self._limit >= 1 else self._limit * self.rows):
             return
         cap = f"{self._limit:g}" if self._limit >= 1 else f"{self._limit:.2%} of the rows"
+        remedy = ""
+        if ended and self._bad < self.rows:
+            remedy = f". To leave these rows out, set max_bad_records: {self._bad}"
         counted = f" of {self.rows:,}" if self.rows else ""
         raise DataError(
             f"{self._path}: max_bad_records: at most {cap} may be bad. "
-            f"Received: {self._bad:,}{counted}.\n  {self._log.summary()}"
+            f"Received: {self._bad:,}{counted}{remedy}.\n  {self._log.summary()}"
         )

@@ -23,6 +23,8 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _PARQUET_BATCH_ROWS = 1000
 _IMAGE_BATCH_ROWS = 32
 
+_SEPARATORS = {",": "a comma", "\t": "a tab", ";": "a semicolon"}
+
 BinaryFile = BinaryIO | gzip.GzipFile
 
 
@@ -109,7 +111,7 @@ def read_csv(path: str, delimiter: str) -> Iterator[RawRow]:
             if cells is None:
                 return
             if header is None:
-                header = _check_header(path, line, cells)
+                header = _check_header(path, line, cells, delimiter)
             elif cells:
                 yield RawRow(line, _to_row(header, cells), done())
 
@@ -282,8 +284,16 @@ def _csv_problem(error: csv.Error) -> RowProblem:
     )
 
 
-def _check_header(path: str, line: int, cells: list[str]) -> list[str]:
+def _check_header(path: str, line: int, cells: list[str], delimiter: str) -> list[str]:
     names = [name for name in cells if name]
+    other = next((mark for mark in _SEPARATORS if mark != delimiter and mark in cells[0]), None)
+    if len(cells) == 1 and other is not None:
+        remedy = " or call it .tsv" if other == "\t" else ""
+        raise DataError(
+            f"{path}:{line}: header: columns must be separated by {_SEPARATORS[delimiter]}. "
+            f"Received: one column {shorten(cells[0], quote=True)}, with {_SEPARATORS[other]} in "
+            f"it. Save it with {_SEPARATORS[delimiter]} between the cells{remedy}"
+        )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise DataError(

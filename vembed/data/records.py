@@ -17,10 +17,13 @@ from vembed.data.columns import (
     is_several,
     normalise_mapping,
 )
+from vembed.data.file_names import is_image_name
 from vembed.data.problems import RowProblem, describe, list_names
 from vembed.errors import DataError
 from vembed.modes import MULTIMODAL, TEXT, Item, RetrievalMode
 from vembed.registry import did_you_mean
+
+_IMAGE_COLUMNS = ("image", "query_image", "positive_image", "image1", "image2")
 
 FIELDS = frozenset({"query", "positive", "negative", "label", "score", "teacher_scores"})
 """What a record can have; `query` it always has."""
@@ -372,13 +375,41 @@ class RowParser:
                 f"columns {list_names(columns)}",
                 advice=_nearest(mapped[0], columns),
             )
-        example = ", ".join(f"{part}: your_column" for part in parts[1:] or parts)
         return RowProblem(
             field,
             "no column for it" + (", and none for label" if field == "positive" else ""),
             f"columns {list_names(columns)}",
-            advice=f"Name yours with column_mapping: {{{example}}}{did_you_mean(field, columns)}.",
+            advice=self._advice_for(field, parts, row),
+            about_columns=True,
         )
+
+    def _advice_for(self, field: str, parts: Sequence[str], row: Mapping[str, Any]) -> str:
+        """What to do about a field that no column stands for."""
+        advice = []
+        if not self._mode.has_images and (image := _image_column(row)):
+            advice.append(
+                f"Column {image!r} is for images: if they are meant, set retrieval_mode: t2i "
+                "(t text, i image, m both)."
+            )
+        near = next((c for c in row if field_of(c.strip().lower(), self._mode) in parts), None)
+        if near is not None:
+            advice.append(
+                f"Did you mean {near.strip().lower()!r}? The file has {near!r}: rename the column, "
+                f"or set column_mapping: {{{field}: {near!r}}}."
+            )
+        if not advice:
+            example = ", ".join(f"{part}: your_column" for part in parts[1:] or parts)
+            near_field = did_you_mean(field, list(row))
+            advice.append(f"Name yours with column_mapping: {{{example}}}{near_field}.")
+        return " ".join(advice)
+
+
+def _image_column(row: Mapping[str, Any]) -> str | None:
+    """The first column that is called image, or whose cell names an image file."""
+    for column, cell in row.items():
+        if column.strip().lower() in _IMAGE_COLUMNS or is_image_name(cell):
+            return column
+    return None
 
 
 def _no_such_column(path: str, mapped: tuple[str, str], columns: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any, Protocol
 
+from vembed.data.file_names import is_image_name
 from vembed.data.problems import list_names, shorten
 from vembed.data.reading import RawRow, read_beir, read_csv, read_jsonl, read_parquet
 from vembed.data.shards import read_shards
@@ -270,6 +271,13 @@ def _find_folder(path: str, local: Path, split: str) -> Source:
         files = [file for file in (queries, local / "corpus.jsonl", qrels) if file.is_file()]
         return BeirSource(str(queries), split, _stamp(files))
     usable = sorted(file.name for file in local.iterdir() if _ending_of(file.name))
+    if not usable and any(is_image_name(file.name) for file in local.iterdir()):
+        raise DataError(
+            f"{path}: a folder of images does not say what belongs to which. Write a CSV in it "
+            "whose first line is `caption,image`, with a row for each image, and give that file, "
+            "with retrieval_mode: t2i. To encode images alone, a .txt with a path per line will "
+            "do, with --modality i"
+        )
     instead = f"Name one of its files: {list_names(usable)}. " if usable else ""
     raise DataError(
         f"{path}: a folder must be one that datasets.save_to_disk wrote (dataset_info.json) or "

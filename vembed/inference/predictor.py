@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -11,12 +12,13 @@ import numpy.typing as npt
 import torch
 
 from vembed.chunking import DEFAULT_CHUNK_TOKENS
+from vembed.data.file_names import names_image_file
 from vembed.errors import ConfigError, DataError
-from vembed.images import ImageSource, as_image_source
+from vembed.images import ImageSource, as_image_source, shorten
 from vembed.inference.encoding import encode_items
 from vembed.models import load_encoder
 from vembed.models.protocol import Encoder, Role
-from vembed.modes import Item
+from vembed.modes import IMAGE, Item
 from vembed.token_vectors import TokenVectors, Vectors, max_sim
 
 if TYPE_CHECKING:
@@ -25,10 +27,16 @@ if TYPE_CHECKING:
 Encoded = npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
 """`[n, D]`; of a model that keeps a vector for each token, an array `[T_i, D]` for each item."""
 
-Side = str | Sequence[str] | npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
-"""Of a similarity: a text, texts, or what `Predictor.encode` gave."""
+OpenImage = Union["PathLike[str]", "Image", ImageSource]
+"""No text: a path object, an image of Pillow, or a source of `vembed.images`."""
 
-ImageLike = Union["str | Path | Image", ImageSource]
+ImageLike = str | OpenImage
+
+Input = str | Item | OpenImage
+"""A `str` is a text; see `OpenImage` for images."""
+
+Side = Input | Sequence[Input] | npt.NDArray[Any] | Sequence[npt.NDArray[Any]]
+"""Of a similarity: what `Predictor.encode` takes, or what it gave."""
 
 
 class Predictor:
@@ -71,17 +79,18 @@ class Predictor:
 
     def encode(
         self,
-        inputs: str | Item | Sequence[str | Item],
+        inputs: Input | Sequence[Input],
         *,
         role: Role | None = None,
         batch_size: int | None = None,
         normalize: bool | None = None,
         prompt: str | None = None,
     ) -> Encoded:
-        """Embed texts, or items with an image.
+        """Embed texts, images, or items of both.
 
         Args:
-            inputs: One or n of them. A `str` is always a text, whatever it looks like.
+            inputs: One or n of them. A `str` is a text; a `pathlib.Path`, an image of Pillow or a
+                source of `vembed.images` is an image.
             role: `"query"` or `"document"` puts that role's prompt before each; None the model's
                 default prompt, which most models do not have.
             batch_size: Most texts in a forward pass; None lets their length decide.
@@ -93,7 +102,8 @@ class Predictor:
             for each token, a list of n arrays `[T_i, D]`.
 
         Raises:
-            DataError: if an input is neither a text nor an Item, or gives no token.
+            DataError: if an input is none of these, gives no token, or is a `str` that names an
+                image file while the model embeds images: was the image meant?
             ConfigError: if `role` or `batch_size` is not one that exists.
         """
         if role not in (None, "query", "document"):
@@ -102,7 +112,7 @@ class Predictor:
             raise ConfigError(f"batch_size: expected at least 1. Received: {batch_size}")
         vectors = encode_items(
             self.encoder,
-            _as_items(inputs),
+            self._as_items(inputs),
             role=role,
             prompt=prompt,
             normalize=normalize,
@@ -112,8 +122,9 @@ class Predictor:
         return list(vectors) if isinstance(vectors, TokenVectors) else vectors
 
     def encode_text(self, texts: str | Sequence[str], **options: Any) -> Encoded:
-        """`encode` under the name that says text; `options` are its keyword arguments."""
-        return self.encode(texts, **options)
+        """`encode` of texts, those that name image files too; `options` are its keywords."""
+        listed: list[Any] = [texts] if _is_one(texts) else list(texts)
+        return self.encode([Item(t) if isinstance(t, str) else t for t in listed], **options)
 
     def encode_image(self, images: ImageLike | Sequence[ImageLike], **options: Any) -> Encoded:
         """Embed images.
@@ -128,13 +139,13 @@ class Predictor:
         listed: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         return self.encode([Item(image=as_image_source(image)) for image in listed], **options)
 
-    def encode_query(self, texts: str | Sequence[str], **options: Any) -> Encoded:
+    def encode_query(self, inputs: Input | Sequence[Input], **options: Any) -> Encoded:
         """`encode` in the role of queries; `options` are its keyword arguments."""
-        return self.encode(texts, role="query", **options)
+        return self.encode(inputs, role="query", **options)
 
-    def encode_document(self, texts: str | Sequence[str], **options: Any) -> Encoded:
+    def encode_document(self, inputs: Input | Sequence[Input], **options: Any) -> Encoded:
         """`encode` in the role of documents; `options` are its keyword arguments."""
-        return self.encode(texts, role="document", **options)
+        return self.encode(inputs, role="document", **options)
 
     def encode_items(self, items: Sequence[Item], role: Role) -> Vectors:
         """Embed items in a role: the function that evaluation tasks ask for."""
@@ -145,17 +156,17 @@ class Predictor:
         a: Side,
         b: Side,
     ) -> npt.NDArray[np.float32]:
-        """Cosine similarities `[n, m]` of n and m texts or vectors.
+        """Cosine similarities `[n, m]` of n and m texts, images or vectors.
 
         Of a model that keeps a vector for each token: MaxSim of queries `a` and documents `b`, as
         the mean over a query's tokens.
 
         Args:
-            a: Texts, or what `encode` gave.
+            a: Texts, images (`pathlib.Path`, images of Pillow), or what `encode` gave.
             b: The same.
 
         Raises:
-            DataError: if the vectors of the two sides differ in size or kind.
+            DataError: if the vectors of the two sides differ in size or kind; as `encode` does.
         """
         left, right = self._unit_vectors(a), self._unit_vectors(b)
         shapes = [_size_of(side) for side in (left, right)]
@@ -171,31 +182,51 @@ class Predictor:
 
     def _unit_vectors(self, side: Side) -> Vectors:
         if not isinstance(side, np.ndarray):
-            listed: list[Any] = [side] if isinstance(side, str) else list(side)
+            several: Any = [side] if _is_one(side) else side
+            listed: list[Any] = list(several)
             if not listed or not all(isinstance(entry, np.ndarray) for entry in listed):
-                return encode_items(self.encoder, _as_items(listed), role=None, normalize=True)
+                items = self._as_items(listed)
+                return encode_items(self.encoder, items, role=None, normalize=True)
             return TokenVectors.from_arrays(listed)
         vectors: npt.NDArray[np.float32] = np.atleast_2d(side).astype(np.float32)
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
         unit: npt.NDArray[np.float32] = vectors / np.maximum(length, np.finfo(np.float32).tiny)
         return unit
 
+    def _as_items(self, inputs: Any) -> list[Item]:
+        listed = [inputs] if _is_one(inputs) else list(inputs)
+        return [self._as_item(entry, position) for position, entry in enumerate(listed)]
+
+    def _as_item(self, entry: Any, position: int) -> Item:
+        if not _is_one(entry):
+            raise DataError(
+                f"a text or an image is expected, or a list of them. "
+                f"Received: {type(entry).__name__} at position {position}"
+            )
+        if isinstance(entry, Item):
+            return entry
+        if not isinstance(entry, str):
+            return Item(image=as_image_source(entry))
+        if IMAGE in self.encoder.modalities and names_image_file(entry):
+            raise DataError(
+                f"{shorten(entry)!r} names an image file, but a str is embedded as a text. "
+                f"For the image, give pathlib.Path({shorten(entry)!r}), or use encode_image; "
+                "for the text, encode_text"
+            )
+        return Item(text=entry)
+
+
+def _is_one(value: Any) -> bool:
+    """Whether it is a text, an item or an image, rather than several."""
+    from PIL.Image import Image
+
+    return isinstance(value, str | Item | PathLike | ImageSource | Image)
+
 
 def _size_of(side: Vectors) -> str:
     if isinstance(side, TokenVectors):
         return f"size {side.flat_SD.shape[1]}, one for each token"
     return f"size {side.shape[1]}"
-
-
-def _as_items(inputs: Any) -> list[Item]:
-    listed = [inputs] if isinstance(inputs, str | Item) else list(inputs)
-    for i, entry in enumerate(listed):
-        if not isinstance(entry, str | Item):
-            raise DataError(
-                f"a text is expected, or a list of texts. "
-                f"Received: {type(entry).__name__} at position {i}"
-            )
-    return [Item(text=entry) if isinstance(entry, str) else entry for entry in listed]
 
 
 def _resolve_device(device: str | torch.device | None) -> torch.device:

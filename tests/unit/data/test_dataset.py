@@ -239,13 +239,59 @@ def test_the_first_problem_and_how_many_more(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_text("\n".join(lines))
     message = expect_error(path, f"{path}:1234: line: must be one JSON object. Received: '{{")
-    assert message.endswith("\n  and 2 more problems: 2 x query: must not be empty")
-    assert message.count("\n") == 1
+    for line, cell in ((1501, "''"), (1502, "' '")):
+        assert f"\n  {path}:{line}: query: must not be empty. Received: {cell} (a text)" in message
+    assert message.count("\n") == 2
 
 
 def test_many_problems_stop_the_reading(tmp_path):
     path = write_rows(tmp_path / "f.jsonl", [{"question": "q"}] * 5000)
-    expect_error(path, f"{path}:1: query: no column for it", "19 more problems (stopped at 20)")
+    message = expect_error(
+        path, f"{path}:1: query: no column for it", "19 more problems (stopped at 20)"
+    )
+    assert message.count("no column for it. Received") == 1, "rows of the same columns"
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_missing_column_is_told_once(tmp_path, ending):
+    path = tmp_path / f"f.{ending}"
+    csv, json_lines = "title,photo\n" + "a,b\n" * 5, '{"title": "a", "photo": "b"}\n' * 5
+    path.write_text(csv if ending == "csv" else json_lines)
+    message = expect_error(path, "query: no column for it", "column_mapping: {query: your_column}")
+    assert message.count("no column for it. Received") == 1
+    assert ("more problems" in message) == (ending == "jsonl")
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "expected"),
+    [
+        ("caption;image", "a;b", "header: columns must be separated by a comma. Received: one"),
+        ("caption\timage", "a\tb", "with a tab in it. Save it with a comma between the cells or c"),
+        ("Caption,Image", "a,b.png", "Did you mean 'caption'? The file has 'Caption': rename"),
+        (" query, positive", "a,b", "Did you mean 'query'? The file has ' query': rename"),
+        ("caption,image", "a,b", "Column 'image' is for images: if they are meant, set retrieval_"),
+        (
+            "caption,file",
+            "a,b.JPG",
+            "Column 'file' is for images: if they are meant, set retrieval",
+        ),
+    ],
+)
+def test_headers_that_are_nearly_right(tmp_path, header, row, expected):
+    path = tmp_path / "f.csv"
+    path.write_text(f"{header}\n{row}\n")
+    expect_error(path, expected)
+
+
+def test_a_header_of_one_column_is_fine_without_a_foreign_separator(tmp_path):
+    path = tmp_path / "f.tsv"
+    path.write_text("a;b\tpositive\nx\ty\n")
+    load_dataset_records(path, column_mapping={"query": "a;b"})
+
+
+def test_a_folder_of_images_says_what_to_do(tmp_path):
+    (tmp_path / "a.JPG").write_bytes(b"x")
+    expect_error(tmp_path, "first line is `caption,image`", "retrieval_mode: t2i", "--modality i")
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -366,14 +366,17 @@ def test_cells_that_are_refused(tmp_path, mode, change, expected):
     assert str(caught.value).startswith(f"{path}:3: {expected}")
 
 
-def test_all_bad_images_of_a_file_are_counted(tmp_path):
-    rows = [{"query": "q", "positive": f"{i}.png"} for i in range(5)]
+def test_all_bad_images_of_a_file_are_named_or_counted(tmp_path):
+    rows = [{"query": "q", "positive": f"{i}.png"} for i in range(12)]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(DataError) as caught:
         load(path, "t2i")
-    assert str(caught.value).endswith(
-        "and 4 more problems: 4 x positive: there is no such image file"
-    )
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 9
+    for number, line in enumerate(lines[:8]):
+        rest = f"{path}:{number + 1}: positive[0]: there is no such image file. Received: "
+        assert line.strip().startswith(f"{rest}'{number}.png'")
+    assert lines[8] == "  and 4 more problems: 4 x positive: there is no such image file"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -128,7 +128,19 @@ def test_the_cap(tmp_path, streaming, cap, bad, allowed):
     assert message.startswith(f"{path}: max_bad_records: at most {at_most} may be bad.")
     assert f"Received: {bad} of " in message
     assert f"{path}:1: query: must not be empty" in message
-    assert f"{bad - 1} x query: must not be empty" in message
+    assert f"{path}:{bad}: query: must not be empty" in message
+    if not streaming:
+        assert f"set max_bad_records: {bad}" in message
+
+
+def test_a_share_of_a_small_set_says_which_number_would_do(tmp_path):
+    """A hundredth of 40 rows is less than one row."""
+    rows = [{"query": "" if i < 3 else f"q{i}", "positive": "p"} for i in range(40)]
+    path = write_rows(tmp_path / "f.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        load(path, Quarantine(), "t2t")
+    assert "To leave these rows out, set max_bad_records: 3." in str(caught.value)
+    assert len(load(path, Quarantine(3), "t2t")) == 37
 
 
 def test_the_cap_of_a_stream_is_looked_at_on_the_way(tmp_path):

@@ -219,7 +219,7 @@ def test_content_hash_tells_every_part_of_a_row():
     assert hashes[0] == parse({"text1": "q", "text2": "p"}).content_hash()
 
 
-def test_problem_log_keeps_the_first_and_counts_the_rest():
+def test_problem_log_lists_the_first_and_counts_the_rest():
     log = ProblemLog()
     log.raise_if_any()
     log.add(RowProblem("query", "must not be empty", "''"), "f:3")
@@ -231,7 +231,9 @@ def test_problem_log_keeps_the_first_and_counts_the_rest():
         log.raise_if_any()
     assert str(caught.value) == (
         "f:3: query: must not be empty. Received: ''.\n"
-        "  and 3 more problems: 2 x query: must not be empty; 1 x line: must be one JSON object"
+        "  f:4: line: must be one JSON object.\n"
+        "  f:9: query: must not be empty.\n"
+        "  f:12: query: must not be empty."
     )
     for line in range(PROBLEM_LIMIT):
         log.add(RowProblem("query", "must not be empty"), f"f:{line}")

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 import vembed
+from tests.pictures import write_pictures
+from tests.tiny import tiny_clip
 from vembed.errors import CheckpointError, ConfigError, DataError
+from vembed.images import as_image_source
 from vembed.inference import VEmbedFactoryPredictor
 from vembed.modes import Item
 
@@ -131,7 +137,7 @@ def test_images_in_every_form_give_one_vector(tmp_path):
     alone = predictor.encode_image(file)
     np.testing.assert_allclose(vectors, alone.repeat(4, axis=0), atol=1e-6)
     assert np.array_equal(predictor.encode([Item(image=source)]), alone)
-    assert not np.allclose(predictor.encode(str(file)), vectors[0]), "a str is a text"
+    assert not np.allclose(predictor.encode_text(str(file)), vectors[0]), "a str is a text"
 
 
 # --- a vector for each token
@@ -163,3 +169,54 @@ def test_similarity_of_tokens_is_max_sim(late):
     np.testing.assert_allclose(late.similarity([query], TEXTS)[0], scores[0], atol=1e-6)
     with pytest.raises(DataError, match="one size and kind"):
         late.similarity(TEXTS, np.ones((2, 8)))
+
+
+# --- images, told from texts by their type
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return vembed.Predictor(tiny_clip(tmp_path_factory.mktemp("clip")), device="cpu")
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    return [f"photos/{name}.png" for name in ("red", "blue")]
+
+
+def test_paths_and_open_images_are_images(clip, photos):
+    expected = clip.encode_image(photos)
+    opened = [Image.open(photo) for photo in photos]
+    for images in ([Path(p) for p in photos], opened, [as_image_source(p) for p in photos]):
+        np.testing.assert_allclose(clip.encode(images), expected, atol=1e-6)
+        scores = clip.similarity("a red circle", images)
+        np.testing.assert_allclose(scores, clip.encode_text("a red circle") @ expected.T, atol=1e-6)
+        one = clip.similarity("a red circle", images[0])
+        np.testing.assert_allclose(one, scores[:, :1], atol=1e-6)
+
+
+@pytest.mark.parametrize("call", ["similarity", "encode", "encode_query", "encode_document"])
+def test_a_text_that_names_an_image_file_is_asked_about(clip, photos, call):
+    """It would be embedded as a text, and the similarity be a number like any other."""
+    side = ["a red circle"] if call == "similarity" else []
+    with pytest.raises(DataError) as caught:
+        getattr(clip, call)(*side, photos)
+    assert str(caught.value) == (
+        "'photos/red.png' names an image file, but a str is embedded as a text. For the image, "
+        "give pathlib.Path('photos/red.png'), or use encode_image; for the text, encode_text"
+    )
+
+
+def test_names_of_files_stay_texts_where_nothing_else_can_be_meant(clip, predictor, photos):
+    assert predictor.similarity("a red circle", photos).shape == (1, 2)
+    assert clip.similarity("a red circle", ["photos/gone.png", "photos"]).shape == (1, 2)
+    assert not np.allclose(clip.encode_text(photos), clip.encode_image(photos), atol=1e-3)
+
+
+def test_a_path_of_the_program_is_told_whole(clip, tmp_path):
+    with pytest.raises(DataError) as caught:
+        clip.encode_image(tmp_path / "gone.png")
+    gone = str(tmp_path / "gone.png")
+    assert str(caught.value) == f"there is no such image file. Received: {gone!r}."
