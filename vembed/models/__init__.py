@@ -72,8 +72,8 @@ def load_encoder(
             through adapters; None for none.
 
     Raises:
-        ConfigError: if the name cannot be resolved, the model type has no encoder, or an option
-            does not fit.
+        ConfigError: if the name cannot be resolved, the model type has no encoder, an option does
+            not fit, or what an own loader returns lacks something.
         CheckpointError: if the folder is not a model, or is incomplete.
     """
     path = resolve_model_path(model_name, revision)
@@ -100,6 +100,10 @@ def load_encoder(
     }
     named = f"{encoder_mode!r}" if kind == encoder_mode else f"auto, which is {kind!r} here"
     encoder: Encoder = load(path, **_fitting(load, options, f"encoder_mode {named}"))
+    # After the loader, because it imports torch.
+    from vembed.models.protocol import check_encoder
+
+    check_encoder(encoder, name=f"encoder_mode {named}")
     return encoder
 
 

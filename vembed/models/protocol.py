@@ -8,7 +8,9 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
+from vembed.errors import ConfigError
 from vembed.modes import Item
+from vembed.registry import accepted_arguments
 
 Role = Literal["query", "document"]
 
@@ -42,12 +44,14 @@ class Encoder(nn.Module):
     """Model inputs to embeddings: the interface, without any behaviour.
 
     A base class and not a Protocol, because an encoder is also an `nn.Module` wherever it goes, and
-    Python's types cannot say "both". A user's own encoder need not inherit from it.
+    Python's types cannot say "both". A user's own encoder need not inherit from it, but must have
+    what `check_encoder` asks for.
 
     Attributes:
-        backbone: The pretrained model inside, which training may wrap (LoRA) or reconfigure.
-        processor: Items to the inputs of `forward`; one for texts has `tokenizer`,
-            `max_seq_length` and `prompt_for`.
+        backbone: The pretrained model inside, which training may wrap (LoRA) or reconfigure; what
+            does not do that needs none.
+        processor: Items to the inputs of `forward`; to show texts and what is cut of them
+            (`vembed check`), it has `tokenizer`, `max_seq_length` and `prompt_for`.
         modalities: Letters of what it embeds: `t` text, `i` image, `m` both.
         embedding_dim: Columns of the output.
         pooling_method: How tokens become one vector; `pooler` where the model itself does it,
@@ -91,3 +95,50 @@ class Encoder(nn.Module):
     def save_pretrained(self, path: str | Path) -> None:
         """Write a folder that `load_encoder` reads back to the same vectors."""
         raise NotImplementedError
+
+
+_NEEDED = (
+    "processor",
+    "modalities",
+    "embedding_dim",
+    "pooling_method",
+    "model_type",
+    "describe",
+    "save_pretrained",
+)
+_NEEDED_TO_SHOW_TEXTS = ("tokenizer", "max_seq_length", "prompt_for")
+
+
+def check_encoder(encoder: Any, *, name: str) -> None:
+    """Refuse what is no encoder, saying all that it lacks.
+
+    Args:
+        encoder: What a loader returned.
+        name: What to call it.
+
+    Raises:
+        ConfigError: if it is no module, or has not everything that vembed reads of every encoder.
+    """
+    if not isinstance(encoder, nn.Module):
+        raise ConfigError(
+            f"{name}: a torch.nn.Module is expected. Received: {type(encoder).__name__}"
+        )
+    missing = [attribute for attribute in _NEEDED if not hasattr(encoder, attribute)]
+    if not accepted_arguments(encoder.forward, {"normalize": None}):
+        missing.append("the argument normalize of forward")
+    if missing:
+        raise ConfigError(
+            f"{name}: {type(encoder).__name__} is no encoder yet; it lacks {', '.join(missing)}. "
+            f"vembed.models.protocol.Encoder says what each is"
+        )
+
+
+def check_shows_texts(processor: Any) -> None:
+    """Raise ConfigError, saying all that it lacks, unless lengths of texts can be shown."""
+    missing = [name for name in _NEEDED_TO_SHOW_TEXTS if not hasattr(processor, name)]
+    if missing:
+        raise ConfigError(
+            f"vembed check: to show texts and their lengths, the encoder's processor needs "
+            f"{', '.join(missing)}, which {type(processor).__name__} has not. "
+            f"vembed.models.protocol.Encoder says more; training does without"
+        )

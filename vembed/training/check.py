@@ -21,7 +21,7 @@ from vembed.data import (
 from vembed.data.checking import require_images
 from vembed.distributed import fail_together
 from vembed.errors import DataError
-from vembed.models.protocol import Encoder
+from vembed.models.protocol import Encoder, check_shows_texts
 from vembed.modes import Item, RetrievalMode
 from vembed.training.data_utils import ROLES
 from vembed.training.first_step import FirstStepReport, FirstStepWatch, advise
@@ -104,6 +104,8 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     on_stage("loading the model", None)
     encoder = build_model(config).to(accelerator.device)
     check_mode(encoder, config)
+    if RetrievalMode.parse(config.retrieval_mode).has_texts:
+        check_shows_texts(encoder.processor)
     quarantine = build_quarantine(config)
     rows = _read_training_rows(config, quarantine, on_stage)
     on_stage("reading validation and test rows", None)

@@ -46,6 +46,7 @@ def build_model(config: TrainConfig | Mapping[str, Any]) -> Encoder:
             raise SettingsError(found)
         check_quantization(config.lora_quantization)
     encoder = _load(config)
+    _check_backbones(encoder, config)
     for tower in _towers(encoder):
         if config.dropout is not None:
             set_dropout(tower.backbone, config.dropout)
@@ -101,10 +102,31 @@ def _towers(encoder: Encoder) -> Sequence[Any]:
     return towers
 
 
+def _check_backbones(encoder: Encoder, config: TrainConfig) -> None:
+    """Raise ConfigError where a setting changes a backbone that a user's own encoder has not."""
+    asked = {
+        "dropout": config.dropout is not None,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "use_lora": config.use_lora,
+    }
+    keys = ", ".join(key for key, is_set in asked.items() if is_set)
+    if keys and not all(hasattr(tower, "backbone") for tower in _towers(encoder)):
+        raise ConfigError(
+            f"{keys}: changes the encoder's `backbone`, a module, which {type(encoder).__name__} "
+            f"has not. Name it so, or leave the setting out"
+        )
+
+
 def _recompute_activations(backbone: Any) -> None:
     # transformers 5 has a new name for it and warns about the old one, which 4 has only.
-    enable = getattr(backbone, "activation_checkpointing_enable", None)
-    (enable or backbone.gradient_checkpointing_enable)({"use_reentrant": False})
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    enable = next((getattr(backbone, name) for name in names if hasattr(backbone, name)), None)
+    if enable is None:
+        raise ConfigError(
+            f"gradient_checkpointing: needs a backbone with {names[1]}(settings), as those of "
+            f"transformers have. Received: {type(backbone).__name__}"
+        )
+    enable({"use_reentrant": False})
 
 
 def build_teacher_model(config: TrainConfig | Mapping[str, Any]) -> Encoder | None:

