@@ -48,7 +48,6 @@ _TRANSFORMER_CONFIGS = [
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 ]
-# Settings of the Transformer module that vembed follows, or that say what it assumes anyway.
 _KEEP_TOKENS = ("MultiVectorEncoder", "ColBERT")
 """How sentence-transformers, and PyLate up to version 3, name a late-interaction model."""
 
@@ -61,6 +60,7 @@ _TOKEN_RULES = (
     "skiplist_words",
     "keep_only_token_ids",
 )
+# Settings of the Transformer module that vembed follows, or that say what it assumes anyway.
 _TRANSFORMER_KEYS = {
     "max_seq_length",
     "do_lower_case",

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from vembed.errors import CheckpointError, ConfigError
@@ -169,7 +170,7 @@ def compose(
     check_towers(freeze_towers)
     size = projection_dim or min(text.embedding_dim, image.embedding_dim)
     projections = {
-        name: new_projection(tower.embedding_dim, size)
+        name: new_projection(tower.embedding_dim, size).to(_weight_type(tower))
         for name, tower in (("text", text), ("image", image))
     }
     encoder = ComposedEncoder(text, image, projections, normalize=choose(normalize, None, True))
@@ -215,7 +216,10 @@ def load_composed_encoder(
         **weights,  # type: ignore[arg-type]
     )
     image = load_encoder(str(root / "image"), **weights)  # type: ignore[arg-type]
-    projections = {name: Projection.load(root / _projection_folder(name)) for name in TOWERS}
+    projections = {
+        name: Projection.load(root / _projection_folder(name)).to(_weight_type(tower))
+        for name, tower in (("text", text), ("image", image))
+    }
     sizes = {projection.out_features for projection in projections.values()}
     if len(sizes) > 1:
         raise CheckpointError(f"{path}: the projections give vectors of sizes {sorted(sizes)}")
@@ -230,6 +234,11 @@ def load_composed_encoder(
     for name in freeze_towers:
         encoder.freeze(name)
     return encoder.eval()
+
+
+def _weight_type(tower: Encoder) -> torch.dtype:
+    """Of weights that are not quantized."""
+    return next(p.dtype for p in tower.parameters() if p.is_floating_point())
 
 
 def _projection_folder(tower: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vembed.errors import CheckpointError, DataError
+from vembed.errors import CheckpointError, ConfigError, DataError
 from vembed.models.checkpoint_format import (
     OWN_POOLING,
     CheckpointSettings,
@@ -254,6 +254,7 @@ class DualProcessor:
 def load_dual_encoder(
     path: str,
     *,
+    pooling_method: str | None = None,
     normalize: bool | None = None,
     projection_dim: int | None = None,
     max_seq_length: int | None = None,
@@ -272,6 +273,11 @@ def load_dual_encoder(
         CheckpointError: if the folder is incomplete or has parts that vembed does not read.
     """
     check_towers(freeze_towers)
+    if pooling_method not in (None, OWN_POOLING):
+        raise ConfigError(
+            f"pooling_method: a model with two towers pools by itself ({OWN_POOLING}). "
+            f"Received: {pooling_method!r}. Leave it unset"
+        )
     stored = read_settings(path)
     folder = stored.backbone_folder
     if stored.pooling_method not in (None, OWN_POOLING):

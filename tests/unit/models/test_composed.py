@@ -125,6 +125,15 @@ def test_each_tower_is_a_model_of_its_own(paths, tmp_path):
         )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_projections_have_the_type_of_the_towers(paths, dtype, tmp_path):
+    encoder = composed(paths, "bert", "vit", torch_dtype=dtype)
+    encoder.save_pretrained(tmp_path)
+    for one in (encoder, load(tmp_path, torch_dtype=dtype)):
+        assert {str(p.dtype) for p in one.parameters()} == {f"torch.{dtype}"}
+    assert vectors(encoder, items("t")).dtype == np.float32
+
+
 def test_what_it_is(paths):
     encoder = composed(paths, "bert", "vit", max_seq_length=9)
     described = encoder.describe()

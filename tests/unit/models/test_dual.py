@@ -317,9 +317,13 @@ def test_no_adapter_where_torch_would_not_call_it():
 # --- errors
 
 
-def test_an_option_that_has_no_meaning_here_is_refused():
-    with pytest.raises(ConfigError, match="'dual' here: it does not take pooling_method"):
+def test_another_pooling_is_refused():
+    with pytest.raises(ConfigError, match=r"pools by itself \(pooler\)\. Received: 'mean'"):
         load(family_path("clip"), pooling_method="mean")
+
+
+def test_its_own_pooling_may_be_named():
+    assert load(family_path("clip"), pooling_method="pooler").pooling_method == "pooler"
 
 
 def test_a_folder_without_image_processor_is_named(tmp_path):

@@ -14,6 +14,7 @@ import torch
 from tests.tiny import PAIRS, write_rows
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError, DataError, DistributedError
+from vembed.training.verification import verify
 from vembed.training.verification.cases import (
     ACCUMULATION,
     AMP,
@@ -178,6 +179,32 @@ def test_the_likeliest_cause_is_named(failed, others, setting, text):
 
 def test_nothing_is_suspected_of_cases_that_pass():
     assert explain([result(DROPOUT, "cached", 2, backbone=GOOD)]) == []
+
+
+# --- a case that fails against one graph of all rows
+
+
+@pytest.mark.parametrize(("error", "accepted"), [(1e-8, True), (1e-6, True), (1e-5, False)])
+def test_the_cut_graph_explains_only_differences_of_rounding(error, accepted):
+    whole, cut = gradients(), gradients(scale=1 + error * 0.999)
+    case = Case(AS_CONFIGURED, "plain", 1)
+    failed = CaseResult(case, 1e-12, "whole", 0.0, compare(cut, whole))
+    assert not failed.passed
+    found = verify._replayed(failed, cut, whole, lambda: cut)
+    assert found.passed == accepted
+    if accepted:
+        assert found.reference == "replayed"
+        assert found.cutting_error == pytest.approx(error, rel=0.01)
+    else:
+        assert found == failed
+
+
+def test_what_the_cut_graph_does_not_explain_stays_a_failure():
+    whole, cut = gradients(), gradients(scale=1 + 1e-8)
+    failed = CaseResult(
+        Case(AS_CONFIGURED, "plain", 1), 1e-12, "whole", 0.0, compare(gradients(scale=2), whole)
+    )
+    assert verify._replayed(failed, gradients(scale=2), whole, lambda: cut) == failed
 
 
 # --- cases

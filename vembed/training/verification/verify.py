@@ -57,6 +57,9 @@ OnCase = Callable[[CaseResult], None]
 # An encoder is as good as deterministic if its own differences are well below what is looked for.
 _CUTTING_SHARE = 0.1
 _SUSPICIOUS_CUTTING_ERROR = 1e-3
+# What summing gradients in float32 may leave, where everything else is in float64: SigLIP 2 has
+# 1e-8. More than this is a mistake of the encoder or of the step, which the cut graph would share.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -253,7 +256,7 @@ def _verify_variation(
 def _replayed(
     result: CaseResult, actual: Gradients, whole: Gradients, replay: Callable[[], Gradients]
 ) -> CaseResult:
-    """The same case beside the other reference, if that explains it; otherwise as it was.
+    """The same case beside the other reference, if rounding explains it; otherwise as it was.
 
     An encoder may embed rows alike however they are cut and still sum up their gradients in less
     than the precision of its weights: SigLIP 2 resizes its positions in float32 on a CPU.
@@ -262,7 +265,7 @@ def _replayed(
     groups = compare(actual, replayed)
     error = max(group.difference for group in compare(replayed, whole).values())
     again = replace(result, reference="replayed", cutting_error=error, groups=groups)
-    return again if again.passed else result
+    return again if again.passed and error <= _ROUNDING else result
 
 
 _loaded: list[Subject] = []
