@@ -84,3 +84,14 @@ def test_mistakes(check, rows, options, message):
     status, _, err = check(rows, *options)
     assert status == 2
     assert message in err
+
+
+def test_an_earlier_run_is_no_reason_not_to_look(check, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "config.yaml").write_text("")
+    status, shown, _ = check(PAIRS, "--output_dir", str(folder))
+    assert status == 0
+    assert f"output_dir: {folder} holds an earlier run" in " ".join(shown.split())
+    assert "`vembed train` can start." not in shown
+    status, shown, _ = check(PAIRS, "--output_dir", str(folder), "--overwrite_output_dir", "true")
+    assert "`vembed train` can start." in shown

@@ -47,6 +47,9 @@ def test_other_column_names(capsys, tiny_st_path, tmp_path):
     mapping = ["--column_mapping", "query=question", "positive=answer"]
     assert main(["evaluate", *arguments, *mapping]) == 0
     assert "mrr@10" in json.loads(capsys.readouterr().out)
+    in_braces = "{query: question, positive: answer}"
+    assert main(["evaluate", *arguments, "--column_mapping", in_braces]) == 0
+    assert "mrr@10" in json.loads(capsys.readouterr().out)
     assert main(["evaluate", *arguments]) == 2
     assert "rows.jsonl:1" in capsys.readouterr().err
 
@@ -57,6 +60,10 @@ def test_other_column_names(capsys, tiny_st_path, tmp_path):
         (
             ["--column_mapping", "query"],
             "--column_mapping: expected FIELD=COLUMN. Received: 'query'",
+        ),
+        (
+            ["--column_mapping", "{query: [a]}"],
+            "--column_mapping: expected FIELD=COLUMN, or {FIELD: COLUMN, ...}. Received: '{query:",
         ),
         (["--batch_size", "0"], "--batch_size: must be at least 1. Received: 0"),
         (["--split", "dev"], "dev"),

@@ -230,3 +230,85 @@ def test_encode_refuses_names_of_image_files_as_texts(folder, capsys, ending):
     gone = [line for line in lines if "red" not in line]
     (folder / f"rows.{ending}").write_text("\n".join([*gone, *[lines[-1] + "x"] * 3]))
     assert run(capsys, "encode", *arguments, *column, "--device", "cpu")[0] == 0
+
+
+# --- names of image files taken for texts, and what a model was trained for
+
+
+def captions(names=NAMES, column="image"):
+    lines = [f"caption,{column}", *(f"the {name} one,{name}.png" for name in names)]
+    return "\n".join(lines) + "\n"
+
+
+def test_check_names_the_mode_that_was_forgotten(folder, capsys):
+    (folder / "captions.csv").write_text(captions())
+    arguments = ("check", "--model_name", folder, *OWN, "--data_path", "captions.csv")
+    status, _, err = run(capsys, *arguments, "--device", "cpu")
+    assert status == 2
+    assert "captions.csv:2: positive: no column for it, and none for label" in err
+    assert "set retrieval_mode: t2i" in err
+    assert "your_column" not in err
+
+
+def test_check_warns_of_names_of_images_as_texts(folder, capsys):
+    (folder / "captions.csv").write_text(captions())
+    arguments = ("check", "--model_name", folder, *OWN, "--data_path", "captions.csv")
+    mapped = ("--column_mapping", "{query: caption, positive: image}", "--device", "cpu",
+              "--freeze", "backbone.pixels")  # fmt: skip
+    status, shown, err = run(capsys, *arguments, *mapped)
+    assert status == 0, err
+    assert "data_path: most of the positives are names of image files" in shown
+    assert "set retrieval_mode: t2i" in " ".join(shown.split())
+    (folder / "captions.csv").write_text(captions().replace(".png", ".png is a picture"))
+    assert "names of image files" not in run(capsys, *arguments, *mapped)[1]
+
+
+def test_evaluate_warns_of_names_of_images_as_texts(folder, capsys):
+    (folder / "captions.csv").write_text(captions())
+    arguments = ("evaluate", "--model", folder, "--data", "captions.csv", "--device", "cpu")
+    mapping = ("--column_mapping", "query=caption", "positive=image")
+    status, _, err = run(capsys, *arguments, *mapping)
+    assert status == 0
+    assert "warning: captions.csv: most of the documents are names of image files" in err
+    assert "set retrieval_mode: t2i" in err
+    assert "warning" not in run(capsys, *arguments, "--retrieval_mode", "t2i")[2]
+
+
+def test_evaluate_takes_the_mode_that_the_model_was_trained_in(folder, capsys):
+    (folder / "captions.csv").write_text(captions())
+    (folder / "vembed_config.json").write_text(json.dumps({"retrieval_mode": "t2i"}))
+    arguments = ("evaluate", "--model", folder, "--data", "captions.csv", "--device", "cpu")
+    status, shown, err = run(capsys, *arguments, "--json")
+    assert (status, "warning" in err) == (0, False)
+    given = run(capsys, *arguments, "--json", "--retrieval_mode", "T2I")[1]
+    assert json.loads(shown) == json.loads(given)
+    # The flag wins.
+    status, _, err = run(capsys, *arguments, "--retrieval_mode", "t2t")
+    assert (status, "positive: no column for it" in err) == (2, True)
+    (folder / "vembed_config.json").write_text("{")
+    status, _, err = run(capsys, *arguments)
+    assert (status, "vembed_config.json: must be JSON" in err) == (2, True)
+
+
+@pytest.mark.parametrize("command", ["check", "evaluate", "encode"])
+def test_a_folder_of_images_says_what_to_do(folder, capsys, command):
+    arguments = {
+        "check": ("--model_name", folder, *OWN, "--data_path", folder, "--retrieval_mode", "t2i"),
+        "evaluate": ("--model", folder, "--data", folder),
+        "encode": ("--model", folder, "--data", folder, "--output", "o.npy", "--modality", "i"),
+    }
+    status, _, err = run(capsys, command, *arguments[command])
+    assert (status, "first line is `caption,image`" in err) == (2, True), err
+
+
+def test_check_tells_test_pictures_that_are_trained_on(folder, capsys):
+    (folder / "train.csv").write_text(captions())
+    tested = [*captions(NAMES[:2]).splitlines(), "another caption,blue.png"]
+    (folder / "test.csv").write_text("\n".join(tested))
+    status, shown, _ = run(
+        capsys, "check", "--model_name", folder, *OWN, "--data_path", "train.csv",
+        "--retrieval_mode", "t2i", "--device", "cpu", "--test_data_path", "test.csv",
+    )  # fmt: skip
+    assert status == 0
+    told = "2 of 3 pairs, 2 of 3 queries, 3 of 3 documents"
+    assert f"test_data_path: test.csv: rows of it are also trained on: {told}" in shown

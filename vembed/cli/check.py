@@ -37,9 +37,21 @@ def main(argv: list[str]) -> int:
         )
     if result.bad_records:
         console.print(_bad_records(result))
+    for warning in result.warnings:
+        console.print(_warning(warning))
     console.print(_sample(result), _first_step(result))
-    console.print("Nothing was written; `vembed train` can start.")
+    if result.output_dir_problem:
+        console.print("Nothing was written. Before `vembed train` can start:")
+        console.print(_warning(result.output_dir_problem))
+    else:
+        console.print("Nothing was written; `vembed train` can start.")
     return 0
+
+
+def _warning(text: str) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(Text("warning", "bold yellow"), Text(text, "yellow"))
+    return grid
 
 
 def _run(config: TrainConfig) -> CheckResult:

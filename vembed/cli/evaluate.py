@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
 from vembed.cli.image_options import add_image_options, image_rules
 from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError
+from vembed.modes import RetrievalMode
+from vembed.training.yaml_settings import read_yaml_value
 
 if TYPE_CHECKING:
     from vembed.evaluation import EvalResult, EvalTask
@@ -32,13 +36,15 @@ def main(argv: list[str]) -> int:
     # After the arguments are checked, because it imports torch.
     from vembed.evaluation import compare, load_eval_task
 
+    mode = _retrieval_mode(arguments)
     task = load_eval_task(
         arguments.data,
         column_mapping=mapping,
-        retrieval_mode=arguments.retrieval_mode,
+        retrieval_mode=mode,
         images=rules,
         split=arguments.split,
     )
+    _warn_of_file_names(task, mode, arguments)
     result = _measure(arguments.model, task, arguments)
     if arguments.before is None:
         return _print_one(result, arguments)
@@ -66,11 +72,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", required=True, help="BEIR folder, or a file of rows as for training")
     add("--before", metavar="MODEL", help="also measure this model, and show what changed")
     add("--split", default="test", help="qrels of a BEIR folder, or split of a hub data set")
-    add("--retrieval_mode", default="t2t",
-        help="query and document: t text, i image, m both, as in t2i (default: t2t)")  # fmt: skip
+    add("--retrieval_mode", help="query and document: t text, i image, m both, as in t2i "
+        "(default: as the model was trained, where its folder says so; else t2t)")  # fmt: skip
     add_image_options(parser)
     add("--column_mapping", nargs="+", metavar="FIELD=COLUMN", default=[],
-        help="our field name and your column name, as in query=question")  # fmt: skip
+        help="our field name and your column name, as in query=question, or "
+        "'{query: question}'")  # fmt: skip
     add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
         "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
     add("--batch_size", type=int, help="most items in a forward pass; their length decides else")
@@ -80,10 +87,46 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _column_mapping(pairs: Sequence[str]) -> dict[str, str] | None:
+    if len(pairs) == 1 and pairs[0].startswith("{"):
+        return _yaml_mapping(pairs[0])
     broken = [pair for pair in pairs if not all(pair.partition("="))]
     if broken:
         raise ConfigError(f"--column_mapping: expected FIELD=COLUMN. Received: {broken[0]!r}")
     return dict(pair.split("=", 1) for pair in pairs) or None
+
+
+def _yaml_mapping(text: str) -> dict[str, str] | None:
+    """`{query: question}`, as `vembed train` takes it."""
+    try:
+        mapping = read_yaml_value(text, as_yaml=False)
+    except yaml.YAMLError:
+        mapping = None
+    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
+        raise ConfigError(
+            "--column_mapping: expected FIELD=COLUMN, or {FIELD: COLUMN, ...}. "
+            f"Received: {text!r}"
+        )
+    return mapping or None
+
+
+def _retrieval_mode(arguments: argparse.Namespace) -> RetrievalMode:
+    """What the flag says, else what the model was trained for."""
+    from vembed.models import resolve_model_path
+    from vembed.training.checkpoint import read_run_settings
+
+    chosen = arguments.retrieval_mode
+    if chosen is None:
+        chosen = read_run_settings(resolve_model_path(arguments.model)).get("retrieval_mode")
+    return RetrievalMode.parse(chosen or "t2t")
+
+
+def _warn_of_file_names(task: EvalTask, mode: RetrievalMode, arguments: argparse.Namespace) -> None:
+    from vembed.data.file_names import data_folder, file_name_warning
+
+    folder = arguments.image_root or data_folder(arguments.data)
+    warning = file_name_warning(arguments.data, mode, task.sides, folder)
+    if warning is not None:
+        sys.stderr.write(f"warning: {warning}\n")
 
 
 def _measure(model: str, task: EvalTask, arguments: argparse.Namespace) -> EvalResult:

@@ -12,6 +12,8 @@ from os import PathLike
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
+import pyarrow  # type: ignore[import-untyped]
+import pyarrow.compute  # type: ignore[import-untyped]
 import torch.utils.data
 from pydantic import ValidationError
 
@@ -32,6 +34,13 @@ DataChoice = str | PathLike[str] | DatasetSpec | Mapping[str, Any]
 
 _READ_ROWS = 1000
 _ID_RANGE = 2.0**63
+
+
+class PairIds(NamedTuple):
+    """Content ids of the positive pairs of rows: `[pairs]` int64 each, a query and its positive."""
+
+    queries: np.ndarray
+    positives: np.ndarray
 
 
 class RecordDataset(torch.utils.data.Dataset[Record]):
@@ -104,6 +113,20 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
     def query_ids(self) -> np.ndarray:
         """`[rows]` int64, the content id of each row's query."""
         return self._numbers("query_id")
+
+    @property
+    def pair_ids(self) -> PairIds:
+        """Content ids of each row's query with each of its positives; no row is read for it."""
+        chunks = [c for part in self._parts for c in part.column("positive_ids").chunks]
+        lists = pyarrow.chunked_array(chunks).take(pyarrow.array(self._indices)).combine_chunks()
+        rows = pyarrow.compute.list_parent_indices(lists).to_numpy()
+        positives = pyarrow.compute.list_flatten(lists).to_numpy(zero_copy_only=False)
+        return PairIds(self.query_ids[rows], positives)
+
+    @property
+    def image_folders(self) -> list[ImageFolder]:
+        """What the image paths of its rows are relative to."""
+        return [part.origin.folder for part in self._parts if part.origin.folder is not None]
 
     @property
     def content_hashes(self) -> np.ndarray:

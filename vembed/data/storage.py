@@ -240,6 +240,7 @@ def _features(mode: RetrievalMode) -> datasets.Features:
             "line": number,
             "file": number,
             "query_id": number,
+            "positive_ids": [number],
             "content_hash": number,
             "problem": text,
         }
@@ -262,6 +263,7 @@ def _to_columns(checked: CheckedRow, mode: RetrievalMode) -> dict[str, Any]:
         "score": row.score,
         "teacher_scores": None if row.teacher_scores is None else list(row.teacher_scores),
         "query_id": row.query.content_id,
+        "positive_ids": [item.content_id for item in row.positives],
         "content_hash": row.content_hash(),
     }
     for field, items in (

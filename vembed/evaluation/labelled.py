@@ -67,6 +67,16 @@ class LabelledTask:
             [record.query for record in records], [record.label for record in records], name=name
         )
 
+    @property
+    def sides(self) -> dict[str, Sequence[Item]]:
+        """The items, under one name."""
+        return {"items": self.items}
+
+    @property
+    def pairs(self) -> tuple[tuple[Item, Item], ...]:
+        """None: a label is not a document."""
+        return ()
+
     def describe(self) -> dict[str, int]:
         """Number of items and labels."""
         return {self._noun: len(self.items), "labels": len(np.unique(self._labels))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -59,6 +59,16 @@ class GradedPairsTask:
             [record.score for record in records if record.score is not None],
             name=name,
         )
+
+    @property
+    def sides(self) -> dict[str, Sequence[Item]]:
+        """The first and the second of each pair, in the roles of queries and documents."""
+        return {"queries": self.first, "documents": self.second}
+
+    @property
+    def pairs(self) -> Iterator[tuple[Item, Item]]:
+        """The pairs, whatever their score."""
+        return zip(self.first, self.second, strict=True)
 
     def describe(self) -> dict[str, int]:
         """Number of pairs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -73,6 +73,16 @@ class EvalTask(Protocol):
 
     name: str
     main_metric: str
+
+    @property
+    def sides(self) -> Mapping[str, Sequence[Item]]:
+        """What is encoded, by its name in the plural: those in the role of queries first."""
+        ...
+
+    @property
+    def pairs(self) -> Iterable[tuple[Item, Item]]:
+        """Each query with a document that belongs to it; none where there are no such pairs."""
+        ...
 
     def evaluate(self, encode: Encode) -> EvalResult:
         """Measure the model behind `encode`. Every item counts once."""

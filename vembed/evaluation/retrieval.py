@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +115,17 @@ class RetrievalTask:
             grades = qrels.setdefault(query_id, {})
             grades.update((_content_key(item), 1.0) for item in record.positives)
         return cls(queries, corpus, qrels, name=name)
+
+    @property
+    def sides(self) -> dict[str, Sequence[Item]]:
+        """Queries and documents."""
+        return {"queries": self.queries, "documents": self.documents}
+
+    @property
+    def pairs(self) -> Iterator[tuple[Item, Item]]:
+        """Each query with each of its relevant documents."""
+        for query, (documents, _) in zip(self.queries, self._relevant, strict=True):
+            yield from ((query, self.documents[number]) for number in documents.tolist())
 
     def describe(self) -> dict[str, int]:
         """Number of queries, documents and relevant pairs."""

@@ -13,13 +13,14 @@ from vembed.evaluation.labelled import LabelledTask
 from vembed.evaluation.pairs import GradedPairsTask
 from vembed.evaluation.results import EvalTask
 from vembed.evaluation.retrieval import RetrievalTask
+from vembed.modes import RetrievalMode
 
 
 def load_eval_task(
     path: str | Path,
     *,
     column_mapping: Mapping[str, str] | None = None,
-    retrieval_mode: str = "t2t",
+    retrieval_mode: str | RetrievalMode = "t2t",
     images: ImageRules = ImageRules(),  # noqa: B008 - frozen
     quarantine: Quarantine | None = None,
     split: str = "test",

@@ -20,7 +20,7 @@ from vembed.data import (
 )
 from vembed.data.checking import require_images
 from vembed.distributed import fail_together
-from vembed.errors import DataError
+from vembed.errors import ConfigError, DataError
 from vembed.models.protocol import Encoder, check_shows_texts
 from vembed.modes import Item, RetrievalMode
 from vembed.training.data_utils import ROLES
@@ -71,19 +71,23 @@ class CheckResult:
         facts: Model, sizes, steps and device of the run, by label.
         inspection: What the training rows are like; None for a stream.
         bad_records: The rows that are left out.
+        warnings: What looks wrong with the rows, though they can be used.
         sample: The items of the first row of the first batch.
         first_step: What one optimizer step was like.
         advice: What looks wrong in it, naming the setting.
         step_seconds: Time of that step, which is longer than that of later ones.
+        output_dir_problem: Why `vembed train` would not start yet; empty if it would.
     """
 
     facts: Mapping[str, str]
     inspection: Inspection | None
     bad_records: list[BadRecord]
+    warnings: tuple[str, ...]
     sample: list[SampleItem]
     first_step: FirstStepReport
     advice: list[str]
     step_seconds: float
+    output_dir_problem: str = ""
 
 
 def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
@@ -96,7 +100,6 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
         DataError: about the first row that cannot be used, and how many more there are.
     """
     raise_problems(config)
-    check_output_dir(config)
     if config.num_processes is None:
         # One process holds all the weights; how they are shared out changes nothing else.
         config = config.model_copy(update={"distributed_strategy": "ddp"})
@@ -130,11 +133,22 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
         facts=facts,
         inspection=inspection,
         bad_records=data.bad_records,
+        warnings=data.warnings,
         sample=sample,
         first_step=reports[0],
         advice=[advice.text for advice in advise(reports[0])],
         step_seconds=time.perf_counter() - started,
+        output_dir_problem=_output_dir_problem(config),
     )
+
+
+def _output_dir_problem(config: TrainConfig) -> str:
+    """Why a run could not write; a check writes nothing, and so need not end for it."""
+    try:
+        check_output_dir(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _inspect(

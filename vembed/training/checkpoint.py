@@ -108,6 +108,22 @@ def _fill(
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def read_run_settings(path: str | Path) -> dict[str, Any]:
+    """The settings of the run that made a model folder; empty where no run of vembed did.
+
+    Raises:
+        CheckpointError: if they are there and cannot be read.
+    """
+    file = Path(path) / CONFIG_NAME
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: must be JSON. Received: {error}") from None
+    return settings if isinstance(settings, dict) else {}
+
+
 def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
     """Remove all but the `keep` newest step folders under `folder`; None keeps all."""
     if keep is None or not folder.exists():

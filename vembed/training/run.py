@@ -331,6 +331,8 @@ def _tell_bad_records(data: RunData, config: TrainConfig, accelerator: Accelerat
 def _announce(trainer: Trainer, encoder: Encoder, data: RunData) -> None:
     for name, fact in describe_run(trainer, encoder, data).items():
         logger.info("%-14s %s", name, fact)
+    for warning in data.warnings if trainer.accelerator.is_main_process else ():
+        logger.warning("%s", warning)
 
 
 def _measure(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from torch.utils.data import DataLoader
 
@@ -23,9 +25,14 @@ from vembed.data import (
     load_dataset_records,
     split_holdout,
 )
+from vembed.data.file_names import data_folder, file_name_warning, is_image_name
 from vembed.evaluation import EvalTask, load_eval_task, task_from_records
 from vembed.models.protocol import Encoder
+from vembed.modes import Item, RetrievalMode
 from vembed.training.data_utils import ROLES, TEACHER_PREFIX
+from vembed.training.overlap import find_overlap
+
+_SAMPLE_ROWS = 500
 
 Rows = RecordDataset | StreamingRecordDataset
 
@@ -41,6 +48,7 @@ class RunData:
         test_task: What to measure before and after, or None.
         test_source: Where the test set comes from, for the reader.
         quarantine: What took the bad records of all of them; None where they end the run.
+        warnings: What looks wrong with the rows, though they can be used.
     """
 
     train: Rows
@@ -49,6 +57,7 @@ class RunData:
     test_task: EvalTask | None = None
     test_source: str = ""
     quarantine: Quarantine | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def bad_records(self) -> list[BadRecord]:
@@ -83,7 +92,46 @@ def load_run_data(config: TrainConfig, quarantine: Quarantine | None = None) -> 
         source = f"{len(holdout)} rows held out of {config.data_path}"
     if config.max_train_samples is not None:
         train = train.select(range(min(len(train), config.max_train_samples)))
-    return RunData(train, validation, validation_task, test_task, source, quarantine)
+    data = RunData(train, validation, validation_task, test_task, source, quarantine)
+    return replace(data, warnings=tuple(_warnings(config, data)))
+
+
+def _warnings(config: TrainConfig, data: RunData) -> Iterator[str]:
+    """What looks wrong with the rows; a stream is not looked at."""
+    if not isinstance(data.train, RecordDataset):
+        return
+    if warning := _file_names(config, data.train):
+        yield warning
+    for key, task in (
+        ("val_data_path", data.validation_task),
+        ("test_data_path", data.test_task),
+    ):
+        # Held-out rows share no query with the others.
+        if task is None or config[key] is None:
+            continue
+        folder = config.image_root or data_folder(config[key])
+        mode = RetrievalMode.parse(config.retrieval_mode)
+        for warning in (
+            file_name_warning(key, mode, task.sides, folder),
+            find_overlap(data.train, task).describe(f"{key}: {config[key]}"),
+        ):
+            if warning is not None:
+                yield warning
+
+
+def _file_names(config: TrainConfig, train: RecordDataset) -> str | None:
+    """The warning of `file_name_warning` about rows all over the data set."""
+    numbers = np.unique(np.linspace(0, len(train) - 1, _SAMPLE_ROWS, dtype=np.int64))
+    sides: dict[str, list[Item]] = {"queries": [], "positives": []}
+    for record in train.__getitems__(numbers.tolist()):
+        folder = config.image_root or os.path.dirname(record.where)
+        for side, items in (("queries", (record.query,)), ("positives", record.positives)):
+            sides[side] += [
+                Item(os.path.join(folder, item.text or "")) if is_image_name(item.text) else item
+                for item in items
+                if item.image is None
+            ]
+    return file_name_warning("data_path", RetrievalMode.parse(config.retrieval_mode), sides)
 
 
 def build_quarantine(config: TrainConfig) -> Quarantine | None:
