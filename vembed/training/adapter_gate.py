@@ -4,8 +4,8 @@ Merging can go wrong without an error: left out, done twice, lost in the roundin
 So a few inputs are embedded by the model with its adapters, by the same without them, and by the
 folder as it was written; all on the CPU and in float32, so that only weights can differ.
 
-For N parameters this takes 4 N bytes of the main process's memory: first for a copy of the model,
-unless it is on the CPU in float32 already, then for the folder, with as much time as loading it.
+For N parameters this takes 4 N to 9 N bytes of the main process's memory: first a copy of the
+model, unless it is on the CPU in float32 already, then the folder, which takes time to load.
 """
 
 from __future__ import annotations

@@ -53,8 +53,7 @@ def save_checkpoint(
         config: Settings of the run, kept in `vembed_config.json` for the reader.
         criterion: The loss, whose own parameters are kept with adapters.
         probe: What to compare on; None for a list of texts.
-        check_merge: Whether to compare. With adapters it takes 4 bytes of the main process's memory
-            for each parameter, and the time to load the folder (see `adapter_gate`).
+        check_merge: Whether to compare; see `adapter_gate` for what it costs.
 
     Raises:
         CheckpointError: if the merged model is not the one with adapters. Whatever is raised, is
