@@ -312,3 +312,18 @@ def test_check_tells_test_pictures_that_are_trained_on(folder, capsys):
     assert status == 0
     told = "2 of 3 pairs, 2 of 3 queries, 3 of 3 documents"
     assert f"test_data_path: test.csv: rows of it are also trained on: {told}" in shown
+
+
+@pytest.mark.parametrize(
+    ("gone", "counted"), [(3, ""), (9, "and 1 more image"), (10, "and 2 more")]
+)
+def test_encode_names_the_images_that_are_not_there(folder, capsys, gone, counted):
+    write_rows("rows.jsonl", [{"image": f"{i}.png"} for i in range(gone)])
+    arguments = ("--data", "rows.jsonl", "--output", "o.npy", "--modality", "i")
+    status, _, err = run(capsys, "encode", "--model", folder, *arguments)
+    assert status == 2
+    for number in range(min(gone, 8)):
+        where = f"rows.jsonl:{number + 1}: there is no such image file."
+        assert f"{where} Received: '{number}.png'" in err
+    assert err.count("there is no such image file") == min(gone, 8)
+    assert counted in err

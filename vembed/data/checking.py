@@ -10,7 +10,7 @@ from itertools import islice
 from typing import NamedTuple
 
 from vembed.data.cells import CellReader, image_problem
-from vembed.data.problems import ProblemLog, RowProblem
+from vembed.data.problems import SHOWN_PROBLEMS, ProblemLog, RowProblem
 from vembed.data.records import ParsedRow, RowParser
 from vembed.data.rules import ImageCheck
 from vembed.data.sources import Source
@@ -160,13 +160,15 @@ def broken_images(
 
 
 def require_images(items: Iterable[Item], *, decode: bool) -> None:
-    """Raise DataError about the first item whose image cannot be used, and say how many more."""
+    """Raise DataError about the first items whose image cannot be used, and say how many more."""
     images = list(dict.fromkeys(item.image for item in items if item.image is not None))
     with ThreadPoolExecutor(_THREADS) as pool:
         errors = list(broken_images(images, pool, decode=decode).values())
     if errors:
-        more = f"\n  and {len(errors) - 1} more images" if len(errors) > 1 else ""
-        raise DataError(f"{errors[0]}{more}")
+        lines = [str(error) for error in errors[:SHOWN_PROBLEMS]]
+        if (more := len(errors) - len(lines)) > 0:
+            lines.append(f"and {more} more image{'s' if more > 1 else ''}")
+        raise DataError("\n  ".join(lines))
 
 
 def _images_of(window: Iterable[CheckedRow]) -> set[ImageSource]:

@@ -11,7 +11,9 @@ from vembed.errors import DataError
 PROBLEM_LIMIT = 20
 """Problems after which a file is read no further: enough to see their kinds."""
 
-_SHOWN_PROBLEMS = 8
+SHOWN_PROBLEMS = 8
+"""Problems that a message lists, before it counts the others."""
+
 _SHOWN_CHARACTERS = 80
 _SHOWN_NAMES = 12
 
@@ -88,7 +90,7 @@ class ProblemLog:
         """Note a problem met at `where` (`file:line`)."""
         self._total += 1
         columns = (problem.kind, problem.received)
-        if len(self._shown) == _SHOWN_PROBLEMS or columns in self._columns:
+        if len(self._shown) == SHOWN_PROBLEMS or columns in self._columns:
             self._kinds[problem.kind] += 1
             return
         self._shown.append(problem.describe_at(where))

@@ -386,10 +386,13 @@ class RowParser:
     def _advice_for(self, field: str, parts: Sequence[str], row: Mapping[str, Any]) -> str:
         """What to do about a field that no column stands for."""
         advice = []
-        if not self._mode.has_images and (image := _image_column(row)):
+        image = None if self._mode.has_images else _image_column(row)
+        if image is not None:
+            known = image.strip().lower() in _IMAGE_COLUMNS
+            mapping = "" if known else f" and column_mapping: {{positive: {image!r}}}"
             advice.append(
-                f"Column {image!r} is for images: if they are meant, set retrieval_mode: t2i "
-                "(t text, i image, m both)."
+                f"Column {image!r} is for images: if they are meant, set retrieval_mode: t2i"
+                f"{mapping} (t text, i image, m both)."
             )
         near = next((c for c in row if field_of(c.strip().lower(), self._mode) in parts), None)
         if near is not None:
@@ -397,10 +400,11 @@ class RowParser:
                 f"Did you mean {near.strip().lower()!r}? The file has {near!r}: rename the column, "
                 f"or set column_mapping: {{{field}: {near!r}}}."
             )
-        if not advice:
+        others = [c for c in row if c != image and field_of(c, self._mode) is None]
+        if not advice or (near is None and others):
             example = ", ".join(f"{part}: your_column" for part in parts[1:] or parts)
-            near_field = did_you_mean(field, list(row))
-            advice.append(f"Name yours with column_mapping: {{{example}}}{near_field}.")
+            nearest = did_you_mean(field, list(row))
+            advice.append(f"Name yours with column_mapping: {{{example}}}{nearest}.")
         return " ".join(advice)
 
 

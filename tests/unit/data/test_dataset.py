@@ -283,6 +283,15 @@ def test_headers_that_are_nearly_right(tmp_path, header, row, expected):
     expect_error(path, expected)
 
 
+def test_an_image_column_beside_texts_of_other_names_leaves_both_ways_open(tmp_path):
+    path = tmp_path / "f.csv"
+    path.write_text("question,answer,image\na,b,c.png\n")
+    expect_error(path, "set retrieval_mode: t2i (t", "column_mapping: {query: your_column}")
+    path.write_text("caption,file\na,c.png\n")
+    message = expect_error(path, "retrieval_mode: t2i and column_mapping: {positive: 'file'} (t")
+    assert "your_column" not in message
+
+
 def test_a_header_of_one_column_is_fine_without_a_foreign_separator(tmp_path):
     path = tmp_path / "f.tsv"
     path.write_text("a;b\tpositive\nx\ty\n")
