@@ -29,6 +29,14 @@ def block(character: str) -> bool:
     return character in "+-=<>*?!#%&@0123456789←↑→↓★☆♠♥√∞≠≤≥′’ʹ|❘∣"
 
 
+def dot(shade: int) -> Image.Image:
+    return Image.new("L", (2, 2), shade)
+
+
+def draw_if_known(character: str, font):
+    return draw(character, font) if character in font.characters() else None
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     return build_symbol_search(tmp_path_factory.mktemp("symbols"), keep=block)
@@ -73,17 +81,42 @@ def test_characters_of_a_font_are_named_symbols_that_it_has():
 
 
 def test_names_that_are_drawn_alike_are_one_symbol():
-    def dot(shade):
-        return Image.new("L", (2, 2), shade)
-
     pictures = {
-        "a": {SANS: dot(0), ITALIC: dot(1)},
-        "b": {SANS: dot(2)},
-        "c": {ITALIC: dot(1), TEST_FONT: dot(3)},
-        "d": {SANS: dot(3)},
+        "a": {SANS: dot(0), ITALIC: dot(70)},
+        "b": {SANS: dot(140)},
+        "c": {ITALIC: dot(70), TEST_FONT: dot(210)},
+        "d": {SANS: dot(210)},
     }
 
     assert find_symbols(pictures) == [Symbol(("a", "c", "d")), Symbol(("b",))]
+
+
+@pytest.mark.parametrize(("shade", "alike"), [(64, True), (65, False)])
+def test_pictures_of_one_font_are_alike_up_to_a_quarter_of_black(shade, alike):
+    pictures = {"a": {SANS: dot(0)}, "b": {SANS: dot(shade)}}
+
+    assert (len(find_symbols(pictures)) == 1) == alike
+    assert len(find_symbols({**pictures, "b": {ITALIC: dot(shade)}})) == 2, "of two fonts"
+
+
+def test_marks_tell_symbols_apart_and_style_does_not():
+    characters = "\u2468\u2788\u2312\u25e0\u2683\u2684\u2232\u2233\u2308["
+    fonts = (*TRAIN_FONTS, DEV_FONT, TEST_FONT)
+    drawn = {c: {font: p for font in fonts if (p := draw_if_known(c, font))} for c in characters}
+
+    groups = {symbol.characters for symbol in find_symbols(drawn)}
+
+    assert groups == {
+        ("\u2468", "\u2788"), ("\u2312", "\u25e0"), ("\u2683",), ("\u2684",), ("\u2232",),
+        ("\u2233",), ("\u2308",), ("[",),
+    }  # fmt: skip
+
+
+def test_names_whose_pictures_are_exchanged_in_the_test_font_are_left_out(tmp_path):
+    """STIX draws DOUBLE UNION as an intersection."""
+    task = build_symbol_search(tmp_path, keep=lambda c: c in "\u22d0\u22d1\u22d2\u22d3")
+
+    assert sorted(task.names) == ["double subset", "double superset"]
 
 
 def test_no_picture_stands_for_two_symbols(task):
