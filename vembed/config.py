@@ -40,6 +40,9 @@ SECTIONS = {
 RUN_REQUIRES = ("model_name", "data_path")
 """Settings without a default that a whole run needs."""
 
+TEACH_REQUIRES = ("teacher_model_name", "teacher_cache", "data_path")
+"""Settings without a default that storing a teacher's embeddings needs."""
+
 PoolingMethod = Literal[
     "cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last_token", "pooler"
 ]
@@ -90,6 +93,34 @@ def _whole_or_auto(least: int) -> Callable[[Any], Any]:
 PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_or_auto(1))]
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
 TileSize = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(1))]
+
+
+def _number_or_numbers(value: Any) -> Any:
+    """A whole number from 1 up, a list of them from 0 up, or null."""
+    rule = "expected a whole number of at least 1, or a list of whole numbers, as in [0, 2, 4]"
+    if isinstance(value, str) and value.strip().isdigit():
+        value = int(value)
+    listed = value if isinstance(value, list) else [] if value is None else [value]
+    least = 0 if isinstance(value, list) else 1
+    if any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in listed):
+        raise ValueError(rule)
+    return value
+
+
+def _kinds(value: Any) -> Any:
+    """A name, names with weights above 0, or null."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected a name, or names with weights, as in {embedding: 1}")
+    for weight in value.values():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise ValueError("expected weights above 0")
+    return value
+
+
+DistillationKinds = Annotated[str | dict[str, float] | None, BeforeValidator(_kinds)]
+KeepLayers = Annotated[int | list[int] | None, BeforeValidator(_number_or_numbers)]
 
 
 class Setting(NamedTuple):
@@ -185,6 +216,11 @@ class TrainConfig(BaseModel):
         None,
         gt=0,
         description="Size of the vectors; a model of another size gets a linear layer to train",
+    )
+    keep_layers: KeepLayers = Field(
+        None,
+        description="Layers of the model to keep, for a smaller student: how many, evenly chosen, "
+        "or which, as in [0, 2, 4]; null: all",
     )
     freeze_towers: list[Literal["text", "image"]] = Field(
         default_factory=list,
@@ -304,6 +340,33 @@ class TrainConfig(BaseModel):
     )
     teacher_model_name: str | None = Field(
         None, description="Model to distil from; named like model_name"
+    )
+    teacher_revision: str | None = Field(
+        None, description="Hub revision (commit, tag or branch) of the teacher"
+    )
+    teacher_dtype: TorchDtype | None = Field(
+        None, description="Type of the teacher's weights; null: torch_dtype"
+    )
+    teacher_cache: str | None = Field(
+        None,
+        description="Folder of what the teacher says, written by vembed teach and read in its "
+        "place; null: the teacher runs in every step",
+    )
+    teacher_chunk_size: Int = Field(
+        1024,
+        gt=0,
+        description="Items that vembed teach stores at a time: what an interruption costs at most",
+    )
+    distillation_loss: DistillationKinds = Field(
+        None,
+        description="similarity_kl, embedding, relational, score, or package.module:Name; or "
+        "several with weights, as in {embedding: 1, relational: 0.5}; null: similarity_kl with a "
+        "teacher, else none",
+    )
+    distillation_kwargs: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further arguments of the distillation losses by kind, as in {embedding: "
+        "{distance: mse}}",
     )
     distillation_alpha: Float = Field(
         0.5, ge=0, le=1, description="Weight of the task loss; the teacher's gets the rest"
@@ -563,6 +626,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_composed_conflicts(config),
         *_data_conflicts(config),
         *_validation_conflicts(config),
+        *_distillation_conflicts(config),
         *_optimisation_conflicts(config),
     ]
 
@@ -598,7 +662,7 @@ def _composed_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("encoder_mode", given[0]),
             f"two models make a composed encoder, not {config.encoder_mode}. Set auto",
         )
-    for key in ("model_name", "revision", "pooling_method"):
+    for key in ("model_name", "revision", "pooling_method", "keep_layers"):
         if config[key] is not None:
             yield Problem(
                 (key, given[0]), f"is about one model, but {given[0]} names one of two. Remove it"
@@ -655,6 +719,35 @@ def _validation_conflicts(config: TrainConfig) -> Iterator[Problem]:
             yield Problem(
                 (key, "val_data_path"), "has no use without validation. Set val_data_path"
             )
+
+
+def _distillation_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    kinds = config.distillation_loss
+    names = [kinds] if isinstance(kinds, str) else list(kinds or {})
+    for name, arguments in config.distillation_kwargs.items():
+        if "temperature" in arguments:
+            yield Problem(
+                ("distillation_kwargs",),
+                f"{name}: temperature is a setting of its own. Set distillation_temperature",
+            )
+    if config.teacher_model_name is not None:
+        return
+    for key in ("teacher_revision", "teacher_dtype", "teacher_cache"):
+        if config[key] is not None:
+            yield Problem(
+                (key, "teacher_model_name"), "has no use without a teacher. Set teacher_model_name"
+            )
+    if lacking := [name for name in names if name in ("similarity_kl", "embedding", "relational")]:
+        yield Problem(
+            ("distillation_loss", "teacher_model_name"),
+            f"{', '.join(lacking)} needs a teacher's embeddings. Set teacher_model_name, or take "
+            "score, which can do with teacher_scores in the rows",
+        )
+    if config.distillation_kwargs and not names:
+        yield Problem(
+            ("distillation_kwargs", "teacher_model_name"),
+            "has no use without distillation. Set teacher_model_name",
+        )
 
 
 _LOSS_SETTINGS = {

@@ -62,6 +62,7 @@ def _load(config: TrainConfig) -> Encoder:
         config.model_name,
         encoder_mode=config.encoder_mode,
         pooling_method=config.pooling_method,
+        keep_layers=config.keep_layers,
         revision=config.revision,
         **options,
     )
@@ -94,7 +95,8 @@ def build_teacher_model(config: TrainConfig | Mapping[str, Any]) -> Encoder | No
         return None
     teacher = load_encoder(
         config.teacher_model_name,
-        torch_dtype=config.torch_dtype,
+        revision=config.teacher_revision,
+        torch_dtype=config.teacher_dtype or config.torch_dtype,
         attn_implementation=config.attn_implementation,
     )
     teacher.requires_grad_(False)

@@ -44,8 +44,9 @@ def build_optimizer(
     model: nn.Module,
     config: TrainConfig | Mapping[str, Any],
     criterion: Any = None,
+    distillation_loss_fn: Any = None,
 ) -> Optimizer:
-    """An optimizer over every trainable parameter of the model and of the loss.
+    """An optimizer over every trainable parameter of the model and of the losses.
 
     Weight decay spares vectors and scalars: biases, norms, the temperature.
 
@@ -54,12 +55,13 @@ def build_optimizer(
         config: Reads `optimizer`, `optimizer_betas`, `optimizer_eps`, `optimizer_kwargs`, `lr`,
             `weight_decay`.
         criterion: The loss, whose own parameters, such as a temperature, train too if it has any.
+        distillation_loss_fn: Likewise, such as a projection to the teacher's size.
 
     Raises:
         ConfigError: if the optimizer is unknown, its arguments do not fit, or nothing is trainable.
     """
     config = TrainConfig.coerce(config)
-    if not trainable_parameters(model, criterion):
+    if not trainable_parameters(model, criterion, distillation_loss_fn):
         raise ConfigError(
             "build_optimizer: the model has no trainable parameter; is it all frozen?"
         )
@@ -68,7 +70,7 @@ def build_optimizer(
     # Parameters that FSDP2 shares out are not updated together with those that it leaves whole.
     shared = [p for p in trainable_parameters(model) if p.ndim > 0]
     whole = [p for p in trainable_parameters(model) if p.ndim == 0]
-    whole += trainable_parameters(criterion)
+    whole += trainable_parameters(criterion, distillation_loss_fn)
     groups = [g for p in (shared, whole) for g in _decay_groups(p, config.weight_decay)]
     check_arguments(f"optimizer {config.optimizer!r}", factory, {"params": groups, **arguments})
     optimizer: Optimizer = factory(groups, **arguments)

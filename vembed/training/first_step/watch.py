@@ -106,7 +106,7 @@ class FirstStepWatch:
         self._micro_batches += 1
         if self._batch is None:
             detached = {role: embeddings.detach() for role, embeddings in student.items()}
-            loss = StepLoss(loss.total.detach(), loss.parts)
+            loss = StepLoss(loss.total.detach(), loss.parts, loss.weights)
             self._batch = FirstBatch(detached, extras, teacher, loss)
 
 

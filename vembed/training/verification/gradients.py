@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from vembed.chunking import take_rows
 from vembed.training.data_utils import (
     ROLES,
-    TEACHER_PREFIX,
     Inputs,
     maybe_first,
     own_rows,
     row_lengths,
+    teacher_batch,
+    teacher_vectors,
     unpack_extras,
     unpack_roles,
 )
@@ -30,9 +31,6 @@ from vembed.training.gradient_cache import GradientCache
 from vembed.training.objective import Embeddings
 from vembed.training.sharding import whole_tensor
 from vembed.training.trainer import Batch, Trainer
-
-# Of the keys with the prefix, `teacher_scores` are no inputs of a teacher.
-_TEACHER = tuple(f"{TEACHER_PREFIX}{role}_" for role in (*ROLES, "lengths"))
 
 Gradients = dict[str, Tensor]
 """By parameter: `encoder.NAME`, `loss.NAME`, `distillation.NAME`. One that got none is left out."""
@@ -149,12 +147,7 @@ def _taught(trainer: Trainer, batch: Batch) -> dict[str, Inputs]:
     """The inputs of the teacher: its own where it has another tokenizer; none without a teacher."""
     if trainer.teacher_model is None:
         return {}
-    return _inputs(trainer, _of_teacher(batch))
-
-
-def _of_teacher(batch: Batch) -> Batch:
-    own = {k.removeprefix(TEACHER_PREFIX): v for k, v in batch.items() if k.startswith(_TEACHER)}
-    return own or batch
+    return _inputs(trainer, teacher_batch(batch))
 
 
 def _embed(trainer: Trainer, inputs: Inputs) -> Tensor:
@@ -169,8 +162,10 @@ def _teach(trainer: Trainer, inputs: Inputs) -> Tensor:
 
 
 def _teach_in_chunks(trainer: Trainer, batch: Batch) -> Embeddings:
+    if given := teacher_vectors(batch):
+        return given
     inputs = _taught(trainer, batch)
-    lengths = row_lengths(_of_teacher(batch), inputs)
+    lengths = row_lengths(teacher_batch(batch), inputs)
     return own_rows(_in_chunks(trainer, inputs, lengths, _teach), batch)
 
 
@@ -201,6 +196,7 @@ def _join(parts: Sequence[Embeddings]) -> Embeddings:
 def _backward(
     trainer: Trainer, embeddings: Embeddings, taught: Embeddings, batch: Batch, micro_batches: int
 ) -> None:
+    taught = taught or teacher_vectors(batch)
     loss = trainer.objective(embeddings, unpack_extras(batch), taught or None)
     (loss.total / micro_batches).backward()  # type: ignore[no-untyped-call]
 

@@ -10,7 +10,7 @@ import torch
 from tests.unit.training.first_step.batches import healthy, report_on
 from vembed.config import TrainConfig
 from vembed.losses.cosent import CoSENT
-from vembed.losses.distillation import SimilarityKL
+from vembed.losses.distillation.similarity import SimilarityKL
 from vembed.losses.info_nce import InfoNCE
 from vembed.losses.sigmoid import PairwiseSigmoid
 from vembed.losses.supcon import SupervisedContrastive
