@@ -97,26 +97,34 @@ TileSize = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(1))]
 
 def _number_or_numbers(value: Any) -> Any:
     """A whole number from 1 up, a list of them from 0 up, or null."""
-    rule = "expected a whole number of at least 1, or a list of whole numbers, as in [0, 2, 4]"
-    if isinstance(value, str) and value.strip().isdigit():
-        value = int(value)
-    listed = value if isinstance(value, list) else [] if value is None else [value]
-    least = 0 if isinstance(value, list) else 1
-    if any(isinstance(n, bool) or not isinstance(n, int) or n < least for n in listed):
-        raise ValueError(rule)
-    return value
+    if value is None:
+        return value
+    several, rule = isinstance(value, list), "expected a whole number of at least 1, or a list"
+    numbers = [
+        int(n) if isinstance(n, str) and n.strip().isdigit() else n
+        for n in (value if several else [value])
+    ]
+    for n in numbers:
+        if isinstance(n, bool) or not isinstance(n, int) or n < (0 if several else 1):
+            raise ValueError(f"{rule} of whole numbers, as in [0, 2, 4]")
+    return numbers if several else numbers[0]
 
 
 def _kinds(value: Any) -> Any:
     """A name, names with weights above 0, or null."""
-    if value is None or (isinstance(value, str) and value):
+    if value is None or (isinstance(value, str) and value and value[0] not in "{["):
         return value
     if not isinstance(value, dict) or not value:
         raise ValueError("expected a name, or names with weights, as in {embedding: 1}")
-    for weight in value.values():
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+    weights = {}
+    for name, weight in value.items():
+        try:
+            weights[name] = float(_no_bool(weight))
+        except (TypeError, ValueError):
+            raise ValueError(f"expected a number as the weight of {name}") from None
+        if not 0 < weights[name] < float("inf"):
             raise ValueError("expected weights above 0")
-    return value
+    return weights
 
 
 DistillationKinds = Annotated[str | dict[str, float] | None, BeforeValidator(_kinds)]

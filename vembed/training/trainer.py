@@ -252,6 +252,16 @@ class Trainer:
             keep_in_model(self.criterion, self.accelerator.unwrap_model(model))
         return model
 
+    def loss_state(self) -> dict[str, Tensor]:
+        """What the losses have learned, by `criterion.NAME` and `distillation.NAME`, on the CPU."""
+        parts = {"criterion": self.criterion, "distillation": self.distillation_loss_fn}
+        return {
+            f"{part}.{name}": tensor.detach().cpu().clone()
+            for part, loss in parts.items()
+            if isinstance(loss, nn.Module)
+            for name, tensor in loss.state_dict().items()
+        }
+
     def _step_standard(self, batch: Batch) -> StepOutput:
         """One micro-batch: forward, loss, backward. Override it to change the step.
 

@@ -25,7 +25,7 @@ def check_rows(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> 
     )
     if not taught or any(rows.get(role) != count for role, count in taught.items()):
         raise ConfigError(
-            "this distillation loss needs the teacher's embeddings of the student's rows. "
+            "this distillation loss needs the teacher's embeddings of the same rows. "
             f"Received: {rows} of the student, {taught} of the teacher"
         )
 

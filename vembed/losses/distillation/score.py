@@ -95,7 +95,7 @@ class ScoreDistillation(nn.Module):
             ConfigError: if there are no scores, nor embeddings of both sides to make them from.
             DataError: if scores and candidates are not as many.
         """
-        candidates = _Candidates(student, counts_positive, counts_negative)
+        candidates = Candidates(student, counts_positive, counts_negative)
         with full_precision(candidates.device):
             scores_BC = candidates.scores(student, self.similarity)
             if teacher_scores is None:
@@ -111,7 +111,7 @@ class ScoreDistillation(nn.Module):
             return _mean_of_counted(losses_B, counted_B)
 
     def _divergence(
-        self, scores_BC: Tensor, taught_BC: Tensor, candidates: _Candidates
+        self, scores_BC: Tensor, taught_BC: Tensor, candidates: Candidates
     ) -> tuple[Tensor, Tensor]:
         least = torch.finfo(scores_BC.dtype).min
         log_student, log_teacher = (
@@ -123,7 +123,7 @@ class ScoreDistillation(nn.Module):
         return losses_B, candidates.real_BC.sum(1) > 1
 
 
-class _Candidates:
+class Candidates:
     """Which documents are a query's own: `[B, C]`, its positives, then its negatives."""
 
     def __init__(
@@ -132,6 +132,12 @@ class _Candidates:
         counts_positive: Tensor | None,
         counts_negative: Tensor | None,
     ) -> None:
+        """Lay them out.
+
+        Raises:
+            ConfigError: if there are no positives.
+            DataError: if counts and rows disagree.
+        """
         query, positive = student["query"], student.get("positive")
         negative = student.get("negative")
         if positive is None:
@@ -160,7 +166,7 @@ class _Candidates:
         )
         self._document_BC = document_BC.masked_fill(~self.real_BC, 0)
 
-    def scores(self, embeddings: Mapping[str, Tensor], similarity: str) -> Tensor:
+    def scores(self, embeddings: Mapping[str, Tensor], similarity: str = "cosine") -> Tensor:
         """`[B, C]`; those of no candidate are arbitrary."""
         documents = [embeddings[role] for role in ("positive", "negative") if role in embeddings]
         query, document = embeddings["query"], torch.cat(documents)
@@ -182,9 +188,7 @@ class _Candidates:
         return teacher_scores[:, :width].masked_fill(~self.real_BC, 0)
 
 
-def _margins(
-    scores_BC: Tensor, taught_BC: Tensor, candidates: _Candidates
-) -> tuple[Tensor, Tensor]:
+def _margins(scores_BC: Tensor, taught_BC: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor]:
     positive, negative = candidates.positive_BC, candidates.real_BC & ~candidates.positive_BC
     pairs_BCC = positive[:, :, None] & negative[:, None, :]
     off_BC = scores_BC - taught_BC

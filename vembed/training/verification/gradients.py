@@ -67,8 +67,7 @@ def whole_batch_gradients(trainer: Trainer, batches: Sequence[Batch]) -> Gradien
     """
     for batch in batches:
         embeddings = {role: _embed(trainer, rows) for role, rows in _inputs(trainer, batch).items()}
-        taught = {role: _teach(trainer, rows) for role, rows in _taught(trainer, batch).items()}
-        _backward(trainer, embeddings, taught, batch, len(batches))
+        _backward(trainer, embeddings, _said(trainer, batch), batch, len(batches))
     return _take_gradients(trainer)
 
 
@@ -127,7 +126,7 @@ def cutting_error(
     largest = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(batches):
         whole = [_embed(trainer, rows) for rows in _inputs(trainer, batch).values()]
-        whole += [_teach(trainer, rows) for rows in _taught(trainer, batch).values()]
+        whole += _said(trainer, batch).values()
         for partition in cut_by:
             shares = partition[number]
             cut = [
@@ -148,6 +147,12 @@ def _taught(trainer: Trainer, batch: Batch) -> dict[str, Inputs]:
     if trainer.teacher_model is None:
         return {}
     return _inputs(trainer, teacher_batch(batch))
+
+
+def _said(trainer: Trainer, batch: Batch) -> Embeddings:
+    """The teacher's embeddings: those that came with the batch, or one forward for each role."""
+    taught = {role: _teach(trainer, rows) for role, rows in _taught(trainer, batch).items()}
+    return teacher_vectors(batch) or taught
 
 
 def _embed(trainer: Trainer, inputs: Inputs) -> Tensor:
@@ -196,7 +201,6 @@ def _join(parts: Sequence[Embeddings]) -> Embeddings:
 def _backward(
     trainer: Trainer, embeddings: Embeddings, taught: Embeddings, batch: Batch, micro_batches: int
 ) -> None:
-    taught = taught or teacher_vectors(batch)
     loss = trainer.objective(embeddings, unpack_extras(batch), taught or None)
     (loss.total / micro_batches).backward()  # type: ignore[no-untyped-call]
 
