@@ -105,6 +105,7 @@ def test_settings_written_in_the_text_are_accepted():
 
 
 def test_programs_of_the_bash_blocks_are_known():
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    joined = [block.replace("\\\n", " ") for block in blocks("bash")]
+    lines = [line for block in joined for line in block.splitlines()]
 
     assert {line.split()[0] for line in lines} == {"make", "source", "vembed", "accelerate"}
