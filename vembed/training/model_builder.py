@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError
-from vembed.models import compose_encoder, load_encoder
+from vembed.models import compose_encoder, load_encoder, resolve_model_path
+from vembed.models.cross_encoder import is_cross_encoder
 from vembed.modes import RetrievalMode
 
 if TYPE_CHECKING:
@@ -93,6 +94,12 @@ def build_teacher_model(config: TrainConfig | Mapping[str, Any]) -> Encoder | No
     config = TrainConfig.coerce(config)
     if config.teacher_model_name is None:
         return None
+    path = resolve_model_path(config.teacher_model_name, config.teacher_revision)
+    if is_cross_encoder(path):
+        raise ConfigError(
+            f"teacher_model_name: {config.teacher_model_name} is a cross-encoder, which scores "
+            "pairs and embeds nothing. Set teacher_cache, and run `vembed teach` first"
+        )
     teacher = load_encoder(
         config.teacher_model_name,
         revision=config.teacher_revision,

@@ -17,6 +17,8 @@ from vembed.training.model_builder import build_teacher_model
 from vembed.training.teaching.cache import CachedTeacherCollator, TeacherCache
 from vembed.training.teaching.identity import taught_roles
 
+_FROM_EMBEDDINGS = ("similarity_kl", "embedding", "relational")
+
 
 @dataclass(frozen=True)
 class Teaching:
@@ -56,13 +58,15 @@ def build_teaching(config: TrainConfig, student: Encoder) -> Teaching:
     roles: tuple[str, ...] = ()
     if config.teacher_cache is not None:
         cache = TeacherCache.open(config)
-        roles, teacher_dim = cache.roles, cache.facts.size
+        roles = cache.roles
+        teacher_dim = None if cache.has_scores else cache.facts.size
     elif config.teacher_model_name is not None:
         model = build_teacher_model(config)
     if model is not None:
         roles, teacher_dim = taught_roles(model.modalities, config), model.embedding_dim
+    has_scores = cache is not None and cache.has_scores
     loss = build_distillation(
-        config.distillation_loss or "similarity_kl",
+        config.distillation_loss or ("score" if has_scores else "similarity_kl"),
         temperature=config.distillation_temperature,
         student_dim=student.embedding_dim,
         teacher_dim=teacher_dim,
@@ -75,6 +79,13 @@ def check_distillation_fields(teaching: Teaching, fields: frozenset[str]) -> Non
     """Raise ConfigError unless rows have the scores that nothing else would give."""
     names = {term.name for term in teaching.loss.terms} if teaching.loss is not None else set()
     has_both = {"query", "positive"} <= set(teaching.roles)
+    if teaching.cache is not None and teaching.cache.has_scores:
+        if others := sorted(names & {f"distillation.{kind}" for kind in _FROM_EMBEDDINGS}):
+            raise ConfigError(
+                f"distillation_loss: {others[0].partition('.')[2]} needs a teacher's embeddings, "
+                "and a cross-encoder gives scores. Set distillation_loss: score"
+            )
+        return
     if "distillation.score" in names and not has_both and "teacher_scores" not in fields:
         raise ConfigError(
             "distillation_loss: score needs teacher_scores in every row, or a teacher of queries "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from vembed.data import Record, RecordDataset
 from vembed.errors import ConfigError, DataError
 from vembed.training.data_utils import TEACHER_VECTORS
 from vembed.training.teaching.identity import (
-    TaughtItem,
+    Taught,
     TeacherFacts,
     check_facts,
     read_facts,
     taught_items,
+    taught_pairs,
     taught_roles,
 )
 from vembed.training.teaching.store import VectorStore, as_keys
@@ -62,13 +64,24 @@ class TeacherCache:
                 "run first"
             )
         check_facts(facts, config, folder)
-        return cls(folder, facts, taught_roles(set(facts.modalities), config))
+        return cls(folder, facts, roles_of(facts, config))
 
-    def vectors(self, items: Sequence[TaughtItem]) -> Tensor:
+    @property
+    def has_scores(self) -> bool:
+        """Whether it holds scores of pairs rather than embeddings of items."""
+        return self.facts.kind == "scores"
+
+    def taught(self, record: Record) -> list[Taught]:
+        """What the teacher says something about in a row."""
+        if self.has_scores:
+            return list(taught_pairs(record))
+        return list(taught_items(record, self.roles))
+
+    def vectors(self, items: Sequence[Taught]) -> Tensor:
         """`[n, D]` of n items, all of which must be there."""
         return torch.from_numpy(self.store.read(as_keys([item.key for item in items])))
 
-    def missing(self, items: Sequence[TaughtItem]) -> list[TaughtItem]:
+    def missing(self, items: Sequence[Taught]) -> list[Taught]:
         """The items that have no vector."""
         there = self.store.has(as_keys([item.key for item in items]))
         return [item for item, is_there in zip(items, there, strict=True) if not is_there]
@@ -87,7 +100,7 @@ class TeacherCache:
         missing: set[int] = set()
         first, count, looked_at = None, 0, 0
         for record in _records(rows.select(unknown)):
-            items = list(taught_items(record, self.roles))
+            items = self.taught(record)
             looked_at += len(items)
             absent = self.missing(items)
             if absent:
@@ -116,6 +129,11 @@ class TeacherCache:
         return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
 
 
+def roles_of(facts: TeacherFacts, config: TrainConfig) -> tuple[str, ...]:
+    """The roles whose items the teacher of a cache embeds; none where it scores pairs."""
+    return () if facts.kind == "scores" else taught_roles(set(facts.modalities), config)
+
+
 class CachedTeacherCollator:
     """Adds the teacher's embeddings of a batch's items under `teacher_ROLE_vectors`."""
 
@@ -130,9 +148,11 @@ class CachedTeacherCollator:
         Raises:
             DataError: about the first row of which something is missing.
         """
+        if self.cache.has_scores:
+            return dict(self.student([self._scored(record) for record in records]))
         batch = dict(self.student(list(records)))
         for role in self.cache.roles:
-            items = [item for r in records for item in taught_items(r, (role,))]
+            items: list[Taught] = [item for r in records for item in taught_items(r, (role,))]
             if not items:
                 continue
             if self.cache.missing(items):
@@ -140,11 +160,18 @@ class CachedTeacherCollator:
             batch[TEACHER_VECTORS.format(role=role)] = self.cache.vectors(items)
         return batch
 
+    def _scored(self, record: Record) -> Record:
+        pairs = self.cache.taught(record)
+        if self.cache.missing(pairs):
+            raise DataError(self._complaint([record]))
+        scores = self.cache.vectors(pairs)[:, 0].tolist()
+        return replace(record, teacher_scores=tuple(scores))
+
     def _complaint(self, records: Sequence[Record]) -> str:
         where = next(
             f"{r.where}: {absent[0].role}"
             for r in records
-            if (absent := self.cache.missing(list(taught_items(r, self.cache.roles))))
+            if (absent := self.cache.missing(self.cache.taught(r)))
         )
         return f"{where} is not in teacher_cache {self.cache.folder}. {_REMEDY}"
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from vembed.config import TrainConfig
 from vembed.data import Record
@@ -34,6 +34,7 @@ class TeacherFacts:
         dtype: Type of its weights.
         modalities: Letters of what it embeds.
         size: Numbers in a vector.
+        kind: `embeddings` of items, or `scores` of pairs, which are vectors of size 1.
         format: Version of the files.
     """
 
@@ -43,6 +44,7 @@ class TeacherFacts:
     dtype: str
     modalities: str
     size: int
+    kind: Literal["embeddings", "scores"] = "embeddings"
     format: int = _FORMAT
 
     def write(self, folder: Path) -> None:
@@ -152,6 +154,36 @@ class TaughtItem(NamedTuple):
         image = None if item.image is None else _content(item.image)
         known = repr((self.side, self.prompt, item.text, image)).encode("utf-8", "surrogatepass")
         return int.from_bytes(hashlib.blake2b(known, digest_size=8).digest(), "big") >> 1
+
+
+class TaughtPair(NamedTuple):
+    """A query and a document that a cross-encoder scores.
+
+    Attributes:
+        role: Role of the document: `positive` or `negative`.
+        query: Text of the query.
+        document: Text of the document.
+    """
+
+    role: str
+    query: str
+    document: str
+
+    @property
+    def key(self) -> int:
+        """A 63-bit hash of both texts."""
+        known = repr((self.query, self.document)).encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(known, digest_size=8).digest(), "big") >> 1
+
+
+Taught = TaughtItem | TaughtPair
+
+
+def taught_pairs(record: Record) -> Iterator[TaughtPair]:
+    """The query of a row with each of its positives, then negatives."""
+    query = str(record.query.text)
+    for role, items in (("positive", record.positives), ("negative", record.negatives)):
+        yield from (TaughtPair(role, query, str(item.text)) for item in items)
 
 
 def taught_items(record: Record, roles: tuple[str, ...]) -> Iterator[TaughtItem]:

@@ -17,18 +17,19 @@ from vembed.data import Record, RecordDataset
 from vembed.errors import ConfigError
 from vembed.inference import encode_items
 from vembed.models import resolve_model_path
+from vembed.models.cross_encoder import CrossEncoder, is_cross_encoder
 from vembed.models.fingerprint import fingerprint
 from vembed.models.protocol import Encoder
 from vembed.training.model_builder import build_teacher_model
 from vembed.training.run_data import build_quarantine, load_rows
-from vembed.training.teaching.cache import TeacherCache
+from vembed.training.teaching.cache import TeacherCache, roles_of
 from vembed.training.teaching.identity import (
+    Taught,
     TaughtItem,
+    TaughtPair,
     TeacherFacts,
     check_facts,
     read_facts,
-    taught_items,
-    taught_roles,
     teacher_dtype,
 )
 from vembed.training.teaching.store import Vectors, as_keys
@@ -77,7 +78,7 @@ def teach(
     cache = teacher.open_cache()
     items = computed = 0
     postponed = []
-    for chunk in _chunks(rows, cache.roles, config.teacher_chunk_size, on_progress):
+    for chunk in _chunks(rows, cache, config.teacher_chunk_size, on_progress):
         items += len(chunk)
         done = _compute(cache, teacher, chunk, wait=False)
         computed += done or 0
@@ -98,6 +99,7 @@ class _Teacher:
 
     config: TrainConfig
     _encoder: Encoder | None = field(default=None, init=False)
+    _cross_encoder: CrossEncoder | None = field(default=None, init=False)
 
     def open_cache(self) -> TeacherCache:
         folder = Path(str(self.config.teacher_cache))
@@ -108,10 +110,14 @@ class _Teacher:
             facts.write(folder)
         else:
             check_facts(facts, self.config, folder)
-        return TeacherCache(folder, facts, taught_roles(set(facts.modalities), self.config))
+        return TeacherCache(folder, facts, roles_of(facts, self.config))
 
-    def embed(self, items: list[TaughtItem]) -> Vectors:
-        """`[n, D]`."""
+    def embed(self, taught: list[Taught]) -> Vectors:
+        """`[n, D]`; `[n, 1]` of pairs."""
+        pairs = [(pair.query, pair.document) for pair in taught if isinstance(pair, TaughtPair)]
+        if pairs:
+            return self._judge().score(pairs, chunk_tokens=self.config.chunk_tokens)[:, None]
+        items = [item for item in taught if isinstance(item, TaughtItem)]
         encoder = self._loaded()
         vectors = np.empty((len(items), encoder.embedding_dim), dtype=np.float32)
         kinds = {(item.side, item.prompt) for item in items}
@@ -129,15 +135,32 @@ class _Teacher:
     def _introduce(self) -> TeacherFacts:
         config = self.config
         name = str(config.teacher_model_name)
-        encoder = self._loaded()
+        path = resolve_model_path(name, config.teacher_revision)
+        scores = is_cross_encoder(path)
+        if scores and config.retrieval_mode != "t2t":
+            raise ConfigError(
+                f"teacher_model_name: {name} is a cross-encoder of texts, and retrieval_mode is "
+                f"{config.retrieval_mode}. Take t2t, or a teacher that embeds"
+            )
+        encoder = None if scores else self._loaded()
         return TeacherFacts(
             model=name,
             revision=config.teacher_revision,
-            weights=fingerprint(resolve_model_path(name, config.teacher_revision)),
+            weights=fingerprint(path),
             dtype=teacher_dtype(config),
-            modalities="".join(sorted(encoder.modalities)),
-            size=encoder.embedding_dim,
+            modalities="t" if encoder is None else "".join(sorted(encoder.modalities)),
+            size=1 if encoder is None else encoder.embedding_dim,
+            kind="scores" if scores else "embeddings",
         )
+
+    def _judge(self) -> CrossEncoder:
+        if self._cross_encoder is None:
+            config = self.config
+            path = resolve_model_path(str(config.teacher_model_name), config.teacher_revision)
+            self._cross_encoder = CrossEncoder(
+                path, torch_dtype=teacher_dtype(config), device=_device(config)
+            )
+        return self._cross_encoder
 
     def _loaded(self) -> Encoder:
         if self._encoder is None:
@@ -157,7 +180,7 @@ def _device(config: TrainConfig) -> torch.device:
 
 
 def _compute(
-    cache: TeacherCache, teacher: _Teacher, chunk: list[TaughtItem], *, wait: bool
+    cache: TeacherCache, teacher: _Teacher, chunk: list[Taught], *, wait: bool
 ) -> int | None:
     """Compute what is missing of a chunk; None if another process works on it."""
     missing = cache.missing(chunk)
@@ -174,17 +197,17 @@ def _compute(
 
 
 def _chunks(
-    rows: Any, roles: tuple[str, ...], size: int, on_progress: OnProgress
-) -> Iterator[list[TaughtItem]]:
+    rows: Any, cache: TeacherCache, size: int, on_progress: OnProgress
+) -> Iterator[list[Taught]]:
     """Different items in the order of the rows, `size` at a time: the same in every process."""
     seen: set[int] = set()
-    chunk: list[TaughtItem] = []
+    chunk: list[Taught] = []
     total = len(rows) if isinstance(rows, RecordDataset) else None
     records: Iterator[Record] = (
         iter(rows) if total is None else (rows[number] for number in range(total))
     )
     for number, record in enumerate(records, 1):
-        for item in taught_items(record, roles):
+        for item in cache.taught(record):
             key = item.key
             if key not in seen:
                 seen.add(key)

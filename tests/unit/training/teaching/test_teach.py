@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.pictures import mode_rows, picture, write_pictures
-from tests.tiny import PAIRS, tiny_bert, tiny_clip, write_rows
+from tests.tiny import PAIRS, tiny_bert, tiny_clip, tiny_cross_encoder, write_rows
 from vembed.config import DatasetSpec, TrainConfig
 from vembed.data import load_dataset_records
 from vembed.errors import ConfigError, DataError
 from vembed.models import load_encoder
+from vembed.models.cross_encoder import CrossEncoder
 from vembed.modes import Item
 from vembed.training.run import run_training
 from vembed.training.teaching import build
@@ -178,6 +179,31 @@ def test_the_projection_is_kept_to_go_on_from_and_is_not_in_the_model(settings, 
     assert not torch.equal(loss.losses[1].projection, before)  # it was trained
     assert not list((folder / "final").rglob("losses*"))
     assert not any("projection" in name for name in load_file(folder / "final/model.safetensors"))
+
+
+def test_a_cross_encoder_scores_pairs_once(settings, run, tmp_path, monkeypatch):
+    settings["teacher_model_name"] = str(tiny_cross_encoder(tmp_path / "judge"))
+    with pytest.raises(ConfigError, match="is a cross-encoder.*Set teacher_cache"):
+        run("beside", teacher_cache=None)
+    assert teach(settings).computed == len(PAIRS) + 2
+    assert teach(settings).computed == 0
+    cache = cache_of(settings)
+    record = load_dataset_records(settings["data_path"])[2]
+    judge = CrossEncoder(settings["teacher_model_name"])
+    documents = [record.positives[0].text, *(item.text for item in record.negatives)]
+    expected = judge.score([(record.query.text, text) for text in documents], chunk_tokens=4096)
+    np.testing.assert_allclose(cache.vectors(cache.taught(record))[:, 0], expected, atol=1e-5)
+    monkeypatch.setattr(teaching, "CrossEncoder", lambda *_, **__: 1 / 0)
+    rows = [{**p, "negatives": ["the sun is cold"]} for p in PAIRS]
+    settings["data_path"] = str(write_rows(tmp_path / "more.jsonl", rows))
+    with pytest.raises(ConfigError, match="lacks 23 items of 23 rows.*: negative"):
+        run("more", holdout_ratio=0)
+    monkeypatch.undo()
+    teach(settings)
+    _, lines = run("taught")
+    assert lines[0]["loss_distillation.score"] > 0
+    with pytest.raises(ConfigError, match="embedding needs a teacher's embeddings.*score"):
+        run("kind", distillation_loss="embedding")
 
 
 # --- stale and partial caches
