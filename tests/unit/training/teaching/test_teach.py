@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.pictures import mode_rows, picture, write_pictures
-from tests.tiny import PAIRS, tiny_bert, tiny_clip, tiny_cross_encoder, write_rows
+from tests.tiny import PAIRS, tiny_bert, tiny_clip, tiny_cross_encoder, tiny_qwen2_vl, write_rows
 from vembed.config import DatasetSpec, TrainConfig
 from vembed.data import load_dataset_records
 from vembed.errors import ConfigError, DataError
@@ -335,6 +335,21 @@ def test_a_teacher_of_texts_teaches_the_text_side_of_a_student_of_images(
         run("score", **{**mode, "distillation_loss": "score"})
     with pytest.raises(ConfigError, match="m embeds t, and retrieval_mode i2i has neither"):
         taught_roles(set("t"), TrainConfig(retrieval_mode="i2i", teacher_model_name="m"))
+
+
+def test_a_vision_language_model_teaches_two_towers(settings, run, tmp_path):
+    mode = {
+        "retrieval_mode": "t2i", "image_root": str(write_pictures(tmp_path / "pictures")),
+        "data_path": str(write_rows(tmp_path / "captions.jsonl", mode_rows("t2i"))),
+        "teacher_model_name": str(tiny_qwen2_vl(tmp_path / "vlm")),
+    }  # fmt: skip
+    student = {"model_name": str(tiny_clip(tmp_path / "clip")), "holdout_ratio": 0, "max_steps": 1,
+               "distillation_loss": {"similarity_kl": 1, "embedding": 1}}  # fmt: skip
+    _, beside = run("beside", **mode, **student, teacher_cache=None)
+    teach({**settings, **mode})
+    _, stored = run("stored", **mode, **student)
+    assert stored[0]["loss"] == pytest.approx(beside[0]["loss"], rel=1e-4)
+    assert cache_of({**settings, **mode}).roles == ROLES
 
 
 def test_scores_in_the_rows_need_no_teacher(settings, run, tmp_path):
