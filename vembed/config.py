@@ -43,6 +43,9 @@ SECTIONS = {
 RUN_REQUIRES = ("model_name", "data_path")
 """Settings without a default that a whole run needs."""
 
+TEACH_REQUIRES = ("teacher_model_name", "teacher_cache", "data_path")
+"""Settings without a default that storing a teacher's embeddings needs."""
+
 PoolingMethod = Literal[
     "cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last_token", "pooler", "none"
 ]
@@ -122,6 +125,42 @@ PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
 ImageHost = Annotated[str, AfterValidator(_host)]
 TileSize = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(1))]
+
+
+def _number_or_numbers(value: Any) -> Any:
+    """A whole number from 1 up, a list of them from 0 up, or null."""
+    if value is None:
+        return value
+    several, rule = isinstance(value, list), "expected a whole number of at least 1, or a list"
+    numbers = [
+        int(n) if isinstance(n, str) and n.strip().isdigit() else n
+        for n in (value if several else [value])
+    ]
+    for n in numbers:
+        if isinstance(n, bool) or not isinstance(n, int) or n < (0 if several else 1):
+            raise ValueError(f"{rule} of whole numbers, as in [0, 2, 4]")
+    return numbers if several else numbers[0]
+
+
+def _kinds(value: Any) -> Any:
+    """A name, names with weights above 0, or null."""
+    if value is None or (isinstance(value, str) and value and value[0] not in "{["):
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected a name, or names with weights, as in {embedding: 1}")
+    weights = {}
+    for name, weight in value.items():
+        try:
+            weights[name] = float(_no_bool(weight))
+        except (TypeError, ValueError):
+            raise ValueError(f"expected a number as the weight of {name}") from None
+        if not 0 < weights[name] < float("inf"):
+            raise ValueError("expected weights above 0")
+    return weights
+
+
+DistillationKinds = Annotated[str | dict[str, float] | None, BeforeValidator(_kinds)]
+KeepLayers = Annotated[int | list[int] | None, BeforeValidator(_number_or_numbers)]
 
 
 class Setting(NamedTuple):
@@ -217,6 +256,11 @@ class TrainConfig(BaseModel):
         None,
         gt=0,
         description="Size of the vectors; a model of another size gets a linear layer to train",
+    )
+    keep_layers: KeepLayers = Field(
+        None,
+        description="Layers of the model to keep, for a smaller student: how many, evenly chosen, "
+        "or which, as in [0, 2, 4]; null: all",
     )
     freeze_towers: list[Literal["text", "image"]] = Field(
         default_factory=list,
@@ -361,6 +405,33 @@ class TrainConfig(BaseModel):
     )
     teacher_model_name: str | None = Field(
         None, description="Model to distil from; named like model_name"
+    )
+    teacher_revision: str | None = Field(
+        None, description="Hub revision (commit, tag or branch) of the teacher"
+    )
+    teacher_dtype: TorchDtype | None = Field(
+        None, description="Type of the teacher's weights; null: torch_dtype"
+    )
+    teacher_cache: str | None = Field(
+        None,
+        description="Folder of what the teacher says, written by vembed teach and read in its "
+        "place; null: the teacher runs in every step",
+    )
+    teacher_chunk_size: Int = Field(
+        1024,
+        gt=0,
+        description="Items that vembed teach stores at a time: what an interruption costs at most",
+    )
+    distillation_loss: DistillationKinds = Field(
+        None,
+        description="similarity_kl, embedding, relational, score, or package.module:Name; or "
+        "several with weights, as in {embedding: 1, relational: 0.5}; null: similarity_kl with a "
+        "teacher, else none",
+    )
+    distillation_kwargs: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further arguments of the distillation losses by kind, as in {embedding: "
+        "{distance: mse}}",
     )
     distillation_alpha: Float = Field(
         0.5, ge=0, le=1, description="Weight of the task loss; the teacher's gets the rest"
@@ -644,6 +715,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_token_conflicts(config),
         *_data_conflicts(config),
         *_validation_conflicts(config),
+        *_distillation_conflicts(config),
         *_optimisation_conflicts(config),
     ]
 
@@ -703,7 +775,7 @@ def _composed_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("encoder_mode", given[0]),
             f"two models make a composed encoder, not {config.encoder_mode}. Set auto",
         )
-    for key in ("model_name", "revision", "pooling_method"):
+    for key in ("model_name", "revision", "pooling_method", "keep_layers"):
         if config[key] is not None:
             yield Problem(
                 (key, given[0]), f"is about one model, but {given[0]} names one of two. Remove it"
@@ -734,8 +806,9 @@ def _token_conflicts(config: TrainConfig) -> Iterator[Problem]:
     for key, clashes, rule in (
         ("normalize_embeddings", config.normalize_embeddings is False,
          "MaxSim adds up cosines, so vectors of tokens have unit length. Remove it"),
-        ("teacher_model_name", config.teacher_model_name is not None,
-         "distillation compares one vector for each item, not one for each token. Remove it"),
+        *((key, config[key] is not None,
+           "distillation compares one vector for each item, not one for each token. Remove it")
+          for key in ("teacher_model_name", "distillation_loss")),
         ("encoder_mode", config.encoder_mode in ("dual", "composed"),
          f"the towers of a {config.encoder_mode} encoder meet in one vector. Use text, vision or "
          "vlm, or a pooling_method other than none with loss_type: infonce"),
@@ -794,6 +867,35 @@ def _validation_conflicts(config: TrainConfig) -> Iterator[Problem]:
             yield Problem(
                 (key, "val_data_path"), "has no use without validation. Set val_data_path"
             )
+
+
+def _distillation_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    kinds = config.distillation_loss
+    names = [kinds] if isinstance(kinds, str) else list(kinds or {})
+    for name, arguments in config.distillation_kwargs.items():
+        if "temperature" in arguments:
+            yield Problem(
+                ("distillation_kwargs",),
+                f"{name}: temperature is a setting of its own. Set distillation_temperature",
+            )
+    if config.teacher_model_name is not None:
+        return
+    for key in ("teacher_revision", "teacher_dtype", "teacher_cache"):
+        if config[key] is not None:
+            yield Problem(
+                (key, "teacher_model_name"), "has no use without a teacher. Set teacher_model_name"
+            )
+    if lacking := [name for name in names if name in ("similarity_kl", "embedding", "relational")]:
+        yield Problem(
+            ("distillation_loss", "teacher_model_name"),
+            f"{', '.join(lacking)} needs a teacher's embeddings. Set teacher_model_name, or take "
+            "score, which can do with teacher_scores in the rows",
+        )
+    if config.distillation_kwargs and not names:
+        yield Problem(
+            ("distillation_kwargs", "teacher_model_name"),
+            "has no use without distillation. Set teacher_model_name",
+        )
 
 
 _LOSS_SETTINGS = {

@@ -22,7 +22,7 @@ from tests.unit.losses.references import reference_similarity_kl
 from vembed import distributed
 from vembed.distributed import process_index
 from vembed.losses import build_criterion
-from vembed.losses.distillation import SimilarityKL
+from vembed.losses.distillation.similarity import SimilarityKL
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 

@@ -15,7 +15,7 @@ from tests.pictures import mode_rows, write_pictures
 from tests.tiny import PAIRS, tiny_clip, write_rows
 from tests.unit.models.families import family_path
 from vembed.cli import main
-from vembed.config import RUN_REQUIRES, TrainConfig
+from vembed.config import RUN_REQUIRES, TEACH_REQUIRES, TrainConfig
 from vembed.quickstart.symbols import build_symbol_search
 from vembed.training.config import load_and_parse_config
 
@@ -59,7 +59,8 @@ def test_pictures_as_they_are_typed(folder):
 
 
 def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
-    assert [words[1] for words in OWN_DATA] == ["check", "train", "evaluate", "encode", "verify"]
+    names = ["check", "train", "evaluate", "encode", "teach", "train", "verify"]
+    assert [words[1] for words in OWN_DATA] == names
 
     for words in OWN_DATA[:2]:
         assert run(words, tiny_st_path) == 0
@@ -67,7 +68,8 @@ def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
     assert run(OWN_DATA[2], tiny_st_path) == 0
     metrics = json.loads(capfd.readouterr().out)
     assert run(OWN_DATA[3], tiny_st_path) == 0
-    assert run(OWN_DATA[4], tiny_st_path) == 0
+    for words in OWN_DATA[4:]:
+        assert run(words, tiny_st_path) == 0
 
     assert 0 <= metrics["ndcg@10"] <= 1
     assert len(np.load(folder / "documents.npy")) == len(PAIRS) + 2
@@ -129,6 +131,8 @@ def test_commands_parse(words, monkeypatch):
         argv = argv[1:]
     if command in ("train", "check", "quickstart"):
         load_and_parse_config(argv, required=RUN_REQUIRES)
+    elif command == "teach":
+        load_and_parse_config(argv, required=TEACH_REQUIRES)
     elif command == "verify":
         load_and_parse_config(argv[1:], required=RUN_REQUIRES)
     else:
@@ -160,7 +164,8 @@ def test_settings_written_in_the_text_are_accepted():
 
 
 def test_programs_of_the_bash_blocks_are_known():
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    joined = [block.replace("\\\n", " ") for block in blocks("bash")]
+    lines = [line for block in joined for line in block.splitlines()]
 
     programs = {line.removeprefix("PYTHONPATH=examples ").split()[0] for line in lines}
     assert programs == {"make", "source", "vembed", "accelerate", "python"}

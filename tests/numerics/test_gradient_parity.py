@@ -8,12 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny import PAIRS, write_rows
+from tests.tiny import PAIRS, tiny_bert, write_rows
 from tests.unit.models.families import family_path, pictures, rows_in
 from vembed.config import TrainConfig
 from vembed.losses import LOSSES
 from vembed.models import ENCODERS
 from vembed.training import gradient_cache
+from vembed.training.teaching.teach import teach
 from vembed.training.trainer import Trainer
 from vembed.training.verification import gradients as harness
 from vembed.training.verification.cases import (
@@ -159,6 +160,26 @@ def test_distillation(make_config, tiny_qwen3_path):
     assert not failures(verification)
     # The teacher pads on the left and turns its positions in float32: cutting rows shows in 1e-8.
     assert {r.reference for r in verification.results} == {"replayed"}
+
+
+EVERY_KIND = {"similarity_kl": 1, "embedding": 0.5, "relational": 0.5, "score": 0.5}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_every_kind_of_distillation(make_config, tmp_path, stored):
+    """From a teacher of another size, whose projection is trained."""
+    teacher = {
+        "teacher_model_name": str(tiny_bert(tmp_path / "teacher", hidden_size=16, seed=5)),
+        "teacher_cache": str(tmp_path / "cache") if stored else None,
+    }
+    config = make_config(**teacher, distillation_loss=EVERY_KIND, distillation_alpha=0.3)
+    if stored:
+        teach({**teacher, "data_path": config.data_path, "device": "cpu"})
+    verification = verify(config, AS_CONFIGURED, ACCUMULATION, DROPOUT, LORA)
+    assert not failures(verification)
+    projections = [r.groups["distillation.losses.1.projection"] for r in verification.results]
+    assert projections
+    assert not any(group.is_zero for group in projections)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])

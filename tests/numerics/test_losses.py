@@ -25,8 +25,9 @@ from tests.unit.losses.conformance import (
     make_rich,
 )
 from tests.unit.losses.references import reference_info_nce, reference_similarity_kl
-from vembed.losses import build_criterion, distillation
-from vembed.losses.distillation import SimilarityKL
+from vembed.losses import build_criterion
+from vembed.losses.distillation import similarity as distillation
+from vembed.losses.distillation.similarity import SimilarityKL
 from vembed.losses.margins import Margins
 
 MASKED = ("infonce", "infonce-bidirectional", "sigmoid")

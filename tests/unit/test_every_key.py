@@ -22,9 +22,10 @@ from vembed.errors import ConfigError, DistributedError, VembedError
 from vembed.losses import tiling
 from vembed.models import load_encoder
 from vembed.training.launch_check import check_process_count
-from vembed.training.model_builder import build_model
+from vembed.training.model_builder import build_model, build_teacher_model
 from vembed.training.optimizer_builder import resolve_tracker
 from vembed.training.run import run_training
+from vembed.training.teaching.teach import teach
 from vembed.training.trainer import Trainer
 
 # A run on captions and pictures, with the tests' own encoder, which cannot be loaded again.
@@ -46,6 +47,7 @@ CHANGES = {
     "pooling_method": ("cls", {}),
     "normalize_embeddings": (False, {}),
     "projection_dim": (8, {}),
+    "keep_layers": (1, {}),
     "freeze_towers": (["text"], {}),
     "max_seq_length": (5, {}),
     "query_prompt": ("old ", {}),
@@ -83,6 +85,13 @@ CHANGES = {
     "learn_temperature": (True, {}),
     "loss_bidirectional": (True, {}),
     "teacher_model_name": ("<other model>", {}),
+    "teacher_dtype": ("bfloat16", {"teacher_model_name": "<other model>"}),
+    "teacher_cache": ("nothing there", {"teacher_model_name": "<other model>"}),
+    "distillation_loss": ("embedding", {"teacher_model_name": "<other model>"}),
+    "distillation_kwargs": (
+        {"embedding": {"distance": "mse"}},
+        {"teacher_model_name": "<other model>", "distillation_loss": "embedding"},
+    ),
     "distillation_alpha": (0.1, {"teacher_model_name": "<other model>"}),
     "distillation_temperature": (1.0, {"teacher_model_name": "<other model>"}),
     "epochs": (1, {"max_steps": None}),
@@ -262,6 +271,24 @@ class TestWhatOnlyChangesHowARunComputes:
             messages.append(str(caught.value))
         assert "abc123" in messages[1]
         assert messages[0] != messages[1]
+
+    def test_teacher_revision(self):
+        messages = []
+        for revision in (None, "abc123"):
+            with pytest.raises(VembedError) as caught:
+                build_teacher_model(
+                    {"teacher_model_name": "owner/name", "teacher_revision": revision}
+                )
+            messages.append(str(caught.value))
+        assert "abc123" in messages[1]
+        assert messages[0] != messages[1]
+
+    def test_teacher_chunk_size(self, resolve, tmp_path):
+        settings = resolve({"teacher_model_name": "<model>", "data_path": "<pairs>"})
+        for size, parts in ((1000, 1), (10, 5)):
+            folder = tmp_path / str(size)
+            teach({**settings, "teacher_cache": str(folder), "teacher_chunk_size": size})
+            assert len(list(folder.glob("*.keys.npy"))) == parts
 
     def test_num_workers(self, observed, monkeypatch):
         counts = []

@@ -110,6 +110,15 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
         """`[rows]` int64, a hash of everything in each row but its prompts."""
         return self._numbers("content_hash")
 
+    @property
+    def row_hashes(self) -> np.ndarray:
+        """`[rows]` int64, a hash of everything in each row and of its prompts."""
+        prompts = [(p.origin.query_prompt, p.origin.document_prompt) for p in self._parts]
+        digests = [hashlib.blake2b(repr(p).encode(), digest_size=8).digest() for p in prompts]
+        of_part = np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
+        parts = np.searchsorted(self._starts, self._indices, side="right") - 1
+        return self.content_hashes ^ of_part[parts]
+
     def _numbers(self, name: str) -> np.ndarray:
         columns = [part.column(name).to_numpy() for part in self._parts]
         return np.asarray(np.concatenate(columns)[self._indices])

@@ -28,9 +28,11 @@ class RecordLoader(DataLoader[Any]):
 
     Attributes:
         process_count: Processes that the rows are already shared among.
+        collator: What makes its batches.
     """
 
     process_count: int = 1
+    collator: CollateRecords
 
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
         """Choose the epoch (from 0) to iterate over next, and the batch in it to begin with."""
@@ -112,6 +114,7 @@ def build_dataloader(
         **order,
     )
     loader.process_count = process_count
+    loader.collator = collator
     return loader
 
 

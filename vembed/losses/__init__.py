@@ -12,6 +12,8 @@ from vembed.registry import accepted_arguments, construct, resolve
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vembed.losses.distillation.weighted import WeightedDistillation
+
 LOSSES = {
     "infonce": "vembed.losses.info_nce:InfoNCE",
     "sigmoid": "vembed.losses.sigmoid:PairwiseSigmoid",
@@ -22,8 +24,13 @@ LOSSES = {
 }
 """Losses by the name that `loss_type` takes; maxsim and colbert are one."""
 
-DISTILLATION_LOSSES = {"similarity_kl": "vembed.losses.distillation:SimilarityKL"}
-"""Distillation losses by name."""
+DISTILLATION_LOSSES = {
+    "similarity_kl": "vembed.losses.distillation.similarity:SimilarityKL",
+    "embedding": "vembed.losses.distillation.embedding:EmbeddingDistillation",
+    "relational": "vembed.losses.distillation.relational:RelationalDistillation",
+    "score": "vembed.losses.distillation.score:ScoreDistillation",
+}
+"""Distillation losses by the name that `distillation_loss` takes."""
 
 
 class Criterion(Protocol):
@@ -68,8 +75,9 @@ class Criterion(Protocol):
 class DistillationLoss(Protocol):
     """A loss on student and teacher embeddings, each by role (`query`, `positive`, `negative`).
 
-    By name it also gets those of a `Criterion`'s extras that its signature has. It returns a scalar
-    as a `Criterion` does.
+    A teacher may embed some of the roles only, and none where it gave scores. By name the loss also
+    gets those of a `Criterion`'s extras that its signature has. It returns a scalar as a
+    `Criterion` does.
     """
 
     def __call__(
@@ -128,22 +136,89 @@ def build_criterion(
 
 
 def build_distillation_loss(
-    loss_type: str | type = "similarity_kl", *, temperature: float = 0.05, **loss_kwargs: Any
+    loss_type: str | type = "similarity_kl",
+    *,
+    temperature: float = 0.05,
+    student_dim: int | None = None,
+    teacher_dim: int | None = None,
+    **loss_kwargs: Any,
 ) -> DistillationLoss:
     """Make the distillation loss that `loss_type` names.
 
     Args:
-        loss_type: A name from `DISTILLATION_LOSSES`, `package.module:Name`, or a class.
+        loss_type: A name from `DISTILLATION_LOSSES`, `package.module:Name`, or a class or function.
         temperature: Passed on if the loss has such an argument.
+        student_dim: Size of the student's vectors; likewise.
+        teacher_dim: Size of the teacher's vectors; likewise.
         **loss_kwargs: Passed on as they are.
 
     Raises:
         ConfigError: if the loss is unknown or the arguments do not fit it.
     """
     chosen = resolve("distillation_loss", loss_type, DISTILLATION_LOSSES)
-    accepted = accepted_arguments(chosen, {"temperature": temperature})
+    if inspect.isroutine(chosen) and "student" in inspect.signature(chosen).parameters:
+        if loss_kwargs:
+            raise ConfigError(
+                f"distillation_loss {loss_type!r} is a function of embeddings and has no "
+                f"{' or '.join(loss_kwargs)}: leave that out"
+            )
+        return cast(DistillationLoss, chosen)
+    settings = {
+        "temperature": temperature,
+        "student_dim": student_dim,
+        "teacher_dim": teacher_dim,
+    }
+    accepted = accepted_arguments(chosen, settings)
     made = construct("distillation_loss", loss_type, DISTILLATION_LOSSES, accepted | loss_kwargs)
     return cast(DistillationLoss, made)
+
+
+def build_distillation(
+    kinds: str | Mapping[str, float],
+    *,
+    temperature: float = 0.05,
+    student_dim: int | None = None,
+    teacher_dim: int | None = None,
+    arguments: Mapping[str, Mapping[str, Any]] | None = None,
+) -> WeightedDistillation:
+    """The weighted sum of distillation losses.
+
+    Args:
+        kinds: One as `build_distillation_loss` names it, or several with their weights.
+        temperature: Passed on to those that have such an argument.
+        student_dim: Likewise.
+        teacher_dim: Likewise.
+        arguments: Further arguments by kind.
+
+    Raises:
+        ConfigError: as `build_distillation_loss` does, or if a kind has arguments and is not used.
+    """
+    from vembed.losses.distillation.weighted import Term, WeightedDistillation
+
+    weights = {kinds: 1.0} if isinstance(kinds, str) else kinds
+    unused = sorted(set(arguments or {}) - set(weights))
+    if unused:
+        raise ConfigError(
+            f"distillation_kwargs: {', '.join(unused)} is not among the losses, "
+            f"{', '.join(weights)}; arguments are written by kind, as in "
+            "{embedding: {distance: mse}}"
+        )
+    return WeightedDistillation(
+        [
+            Term(
+                f"distillation.{kind.rpartition(':')[2]}",
+                build_distillation_loss(
+                    kind,
+                    temperature=temperature,
+                    student_dim=student_dim,
+                    teacher_dim=teacher_dim,
+                    **(arguments or {}).get(kind, {}),
+                ),
+                weight,
+            )
+            for kind, weight in weights.items()
+        ]
+    )
 
 
 def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:

@@ -15,10 +15,6 @@ from torch import Tensor, nn
 
 from vembed.errors import CheckpointError, ConfigError
 from vembed.training.adapters import adapters_of
-from vembed.training.parameters import LOSS
-
-ADAPTER_FOLDER = "adapter"
-"""In the folder of a saved model."""
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -29,12 +25,12 @@ _PEFT_NAMES = {
 }  # fmt: skip
 
 
-def save_adapters(folder: Path, encoder: nn.Module, criterion: Any = None) -> None:
+def save_adapters(folder: Path, encoder: nn.Module) -> None:
     """Write what was trained, without the base model: loads with peft on it.
 
     Writes `adapter_model.safetensors` and `adapter_config.json` as peft does, with several
     backbones in a folder each, and `heads.safetensors`: parameters of the encoder outside its
-    backbones, such as projections, and those of the loss.
+    backbones, such as projections.
     """
     from peft import get_peft_model_state_dict
 
@@ -49,7 +45,7 @@ def save_adapters(folder: Path, encoder: nn.Module, criterion: Any = None) -> No
         if isinstance(settings.target_modules, set):
             settings.target_modules = sorted(settings.target_modules)  # a set has no fixed order
         settings.save_pretrained(str(target))
-    heads = {name: p.detach() for name, p in _heads(encoder, criterion)}
+    heads = {name: p.detach() for name, p in _heads(encoder)}
     if heads:
         _save(heads, folder / _HEADS_FILE)
 
@@ -75,24 +71,11 @@ def load_adapters(folder: Path, encoder: nn.Module) -> None:
         own = get_peft_model_state_dict(model, save_embedding_layers=False)
         _check_same_tensors(source / _WEIGHTS, weights, own)
         set_peft_model_state_dict(model, weights)
-    heads = {name: p for name, p in _heads(encoder) if not name.startswith(LOSS)}
+    heads = dict(_heads(encoder))
     if heads and (folder / _HEADS_FILE).is_file():
         stored = _load(folder / _HEADS_FILE)
-        stored = {name: t for name, t in stored.items() if not name.startswith(LOSS)}
         _check_same_tensors(folder / _HEADS_FILE, stored, heads)
         _copy(stored, heads)
-
-
-def load_loss(folder: Path, criterion: Any) -> None:
-    """Take up the loss's own parameters, such as a learned temperature, if they were kept."""
-    own = {LOSS + n: p for n, p in criterion.named_parameters()} if isinstance(
-        criterion, nn.Module
-    ) else {}  # fmt: skip
-    if own and (folder / _HEADS_FILE).is_file():
-        stored = {n: t for n, t in _load(folder / _HEADS_FILE).items() if n.startswith(LOSS)}
-        if stored:
-            _check_same_tensors(folder / _HEADS_FILE, stored, own)
-            _copy(stored, own)
 
 
 def folder_of(folder: Path, name: str, adapters: Mapping[str, Any]) -> Path:
@@ -102,13 +85,10 @@ def folder_of(folder: Path, name: str, adapters: Mapping[str, Any]) -> Path:
     return folder / (name.removesuffix("backbone").rstrip(".") or "backbone")
 
 
-def _heads(encoder: nn.Module, criterion: Any = None) -> Iterator[tuple[str, nn.Parameter]]:
+def _heads(encoder: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in encoder.named_parameters():
         if "backbone" not in name.split("."):
             yield name, parameter
-    if isinstance(criterion, nn.Module):
-        for name, parameter in criterion.named_parameters():
-            yield LOSS + name, parameter
 
 
 def _check_same_kind(folder: Path, own: Any) -> None:

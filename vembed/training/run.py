@@ -14,27 +14,22 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 
 from vembed.config import TrainConfig, check
-from vembed.data import RecordDataset
+from vembed.data import Collator, RecordDataset
 from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
-from vembed.losses import (
-    build_criterion,
-    build_distillation_loss,
-    check_embeddings,
-    check_row_fields,
-)
+from vembed.losses import build_criterion, check_embeddings, check_row_fields
 from vembed.models import load_encoder
 from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode, all_modes
-from vembed.training.adapter_files import load_loss
 from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
 from vembed.training.launch_check import check_process_count, check_strategy
 from vembed.training.learned_scale import start_from_checkpoint
-from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
+from vembed.training.loss_files import load_losses
+from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.optimizer_builder import (
     build_optimizer,
     build_scheduler,
@@ -45,11 +40,12 @@ from vembed.training.outcome import RunResult, prove, report, show
 from vembed.training.parts import describe_trainable
 from vembed.training.run_data import (
     RunData,
-    build_collator,
     build_train_loader,
     build_validation_loader,
     load_run_data,
 )
+from vembed.training.teaching.build import build_teaching, check_distillation_fields
+from vembed.training.teaching.cache import TeacherCache
 from vembed.training.trackers import start_trackers, stop_trackers
 from vembed.training.trainer import Trainer
 from vembed.training.training_loop import BEST, FINAL, StepPlan
@@ -75,6 +71,7 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     encoder = build_model(config).to(accelerator.device)
     check_mode(encoder, config)
     data = _load_in_turn(config, accelerator)
+    require_taught(config, data)
     apply_lora(encoder, config, accelerator)
     trainer = build_trainer(config, accelerator, encoder, data)
     _claim_output_dir(config, accelerator)
@@ -159,6 +156,12 @@ def check_mode(encoder: Encoder, config: TrainConfig) -> None:
         )
 
 
+def require_taught(config: TrainConfig, data: RunData) -> None:
+    """Raise ConfigError if `teacher_cache` lacks an item of the training rows."""
+    if config.teacher_cache is not None:
+        TeacherCache.open(config).require(data.train)
+
+
 def check_output_dir(config: TrainConfig) -> None:
     """Raise ConfigError if `output_dir` holds an earlier run and may not be replaced."""
     folder = Path(config.output_dir)
@@ -189,8 +192,6 @@ def build_trainer(
         tile_size=config.loss_tile_size,
         **config.loss_kwargs,
     )
-    if config.adapter_path is not None:
-        load_loss(Path(config.adapter_path), criterion)
     check_embeddings(criterion, tokens=encoder.pooling_method == NO_POOLING)
     check_row_fields(criterion, data.train.fields)
     if "score" in data.train.fields and "score" not in getattr(criterion, "required_fields", ()):
@@ -199,10 +200,12 @@ def build_trainer(
             "train as positives too. loss_type: cosent uses it",
             config.loss_type,
         )
-    teacher = build_teacher_model(config)
-    collate = build_collator(encoder, teacher)
-    train_loader = build_train_loader(config, data, collate, accelerator)
-    optimizer = build_optimizer(encoder, config, criterion)
+    teaching = build_teaching(config, encoder)
+    check_distillation_fields(teaching, data.train.fields)
+    if config.adapter_path is not None:
+        load_losses(config.adapter_path, criterion, teaching.loss, missing_ok=True)
+    train_loader = build_train_loader(config, data, teaching.collator(encoder), accelerator)
+    optimizer = build_optimizer(encoder, config, criterion, teaching.loss)
     trainer = Trainer(
         model=encoder,
         optimizer=optimizer,
@@ -210,12 +213,12 @@ def build_trainer(
         criterion=criterion,
         accelerator=accelerator,
         config=config,
-        teacher_model=teacher,
-        distillation_loss_fn=None if teacher is None else build_distillation_loss(
-            "similarity_kl", temperature=config.distillation_temperature
-        ),
+        teacher_model=teaching.model,
+        distillation_loss_fn=teaching.loss,
         evaluator=_build_evaluator(config, accelerator, encoder, criterion, data),
-        val_dataloader=build_validation_loader(config, data, collate, accelerator),
+        val_dataloader=build_validation_loader(
+            config, data, Collator(encoder.processor), accelerator
+        ),
     )  # fmt: skip
     plan = StepPlan.of(trainer)
     trainer.scheduler, _ = build_scheduler(

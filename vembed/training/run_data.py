@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +12,9 @@ from torch.utils.data import DataLoader
 from vembed.config import TrainConfig
 from vembed.data import (
     BadRecord,
-    Collator,
     ImageRules,
     OnProgress,
     Quarantine,
-    Record,
     RecordDataset,
     StreamingRecordDataset,
     build_dataloader,
@@ -24,8 +22,6 @@ from vembed.data import (
     split_holdout,
 )
 from vembed.evaluation import EvalTask, load_eval_task, task_from_records
-from vembed.models.protocol import Encoder
-from vembed.training.data_utils import ROLES, TEACHER_PREFIX
 
 Rows = RecordDataset | StreamingRecordDataset
 
@@ -174,27 +170,3 @@ def build_validation_loader(
         drop_last=False,
         shuffle=False,
     )
-
-
-def build_collator(encoder: Encoder, teacher: Encoder | None) -> Callable[[list[Record]], Any]:
-    """Makes batches for the student, with the teacher's inputs beside them if there is one."""
-    student = Collator(encoder.processor)
-    return student if teacher is None else TeacherCollator(student, Collator(teacher.processor))
-
-
-class TeacherCollator:
-    """Adds the teacher's own inputs under `teacher_...`: it may have another tokenizer."""
-
-    def __init__(self, student: Collator, teacher: Collator) -> None:
-        """Assign."""
-        self.student = student
-        self.teacher = teacher
-
-    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The student's batch and the teacher's inputs and lengths."""
-        inputs = tuple(f"{role}_" for role in ROLES) + ("lengths_",)
-        own = {k: v for k, v in self.teacher(list(records)).items() if k.startswith(inputs)}
-        return {
-            **self.student(list(records)),
-            **{f"{TEACHER_PREFIX}{key}": value for key, value in own.items()},
-        }

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,11 +23,12 @@ from vembed.distributed import reduce_gradients
 from vembed.errors import ConfigError
 from vembed.training.adapter_gate import AdapterWatch, Probe
 from vembed.training.data_utils import (
-    TEACHER_PREFIX,
     Inputs,
     maybe_first,
     own_rows,
     row_lengths,
+    teacher_batch,
+    teacher_vectors,
     unpack_extras,
     unpack_roles,
 )
@@ -57,10 +58,17 @@ _SUPPORTED = {
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step leaves behind beside the gradients: detached scalars of this process."""
+    """What a step leaves behind beside the gradients: detached scalars of this process.
+
+    Attributes:
+        loss: What was differentiated.
+        parts: Its terms by name.
+        weights: What each term is multiplied by.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -98,7 +106,8 @@ class Trainer:
             config: Settings of the run, or a plain dict of them.
             scheduler: Advanced once per optimizer step; None keeps the learning rate.
             teacher_model: Frozen encoder to distil from.
-            distillation_loss_fn: `fn(student, teacher, **extras)`; required with a teacher.
+            distillation_loss_fn: `fn(student, teacher, **extras)`; required with a teacher. Without
+                one, batches bring the teacher's embeddings or `teacher_scores`.
             evaluator: Measures the model during training.
             val_dataloader: Batches for the evaluator's loss.
 
@@ -107,7 +116,9 @@ class Trainer:
         """
         self.config = TrainConfig.coerce(config)
         _check_accelerator(accelerator)
-        _check_optimizer_covers(optimizer, model, criterion)
+        _check_optimizer_covers(
+            optimizer, model=model, criterion=criterion, distillation_loss_fn=distillation_loss_fn
+        )
         self._check_step_and_teacher(teacher_model, distillation_loss_fn)
         self.model = model
         self.optimizer = optimizer
@@ -309,7 +320,7 @@ class Trainer:
             objective=objective,
             backward=self.accelerator.backward,
         )
-        return StepOutput(loss.total, loss.parts)
+        return StepOutput(loss.total, loss.parts, loss.weights)
 
     def _embed(self, inputs: Inputs) -> Tensor:
         """Model inputs of n rows to embeddings [n, D]: the one place that calls the encoder."""
@@ -321,12 +332,11 @@ class Trainer:
     @torch.no_grad()
     def _teacher_embeddings(self, cache: GradientCache, batch: Batch) -> Embeddings | None:
         teacher = self.teacher_model
+        if given := teacher_vectors(batch):
+            return given
         if teacher is None:
             return None
-        prefix = (
-            TEACHER_PREFIX if any(k.startswith(TEACHER_PREFIX + "query_") for k in batch) else ""
-        )
-        own = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+        own = teacher_batch(batch)
         inputs = unpack_roles(own, self.config.retrieval_mode)
         embeddings = cache.embed(
             encode=lambda inputs: maybe_first(teacher(**inputs)),
@@ -342,10 +352,10 @@ class Trainer:
     def _check_step_and_teacher(
         self, teacher_model: nn.Module | None, distillation_loss_fn: Callable[..., Tensor] | None
     ) -> None:
-        if (teacher_model is None) != (distillation_loss_fn is None):
+        if teacher_model is not None and distillation_loss_fn is None:
             raise ConfigError(
-                "teacher_model and distillation_loss_fn go together. Received: only "
-                f"{'distillation_loss_fn' if teacher_model is None else 'teacher_model'}"
+                "teacher_model has no use without distillation_loss_fn. Received: only "
+                "teacher_model"
             )
         overridden = type(self)._step_standard is not Trainer._step_standard
         if self.config.use_gradient_cache and overridden:
@@ -391,14 +401,12 @@ def _check_accelerator(accelerator: Accelerator) -> None:
         )
 
 
-def _check_optimizer_covers(
-    optimizer: Optimizer, model: nn.Module, criterion: Callable[..., Tensor]
-) -> None:
+def _check_optimizer_covers(optimizer: Optimizer, **parts: Any) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for what, module in (("model", model), ("criterion", criterion)):
+    for what, module in parts.items():
         missing = sum(id(p) not in owned for p in trainable_parameters(module))
         if missing:
             raise ConfigError(
                 f"the optimizer does not hold {missing} trainable parameters of the {what}; "
-                "build it with build_optimizer(model, config, criterion)"
+                "build it with build_optimizer(model, config, criterion, distillation_loss_fn)"
             )

@@ -201,8 +201,8 @@ def test_other_losses_check_their_rows():
         build_criterion("cosent")(query, None, scores=torch.ones(2))
     with pytest.raises(ConfigError, match="2 items, 3 labels"):
         build_criterion("supcon")(query, labels=torch.ones(3, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="needs queries and positives"):
-        build_distillation_loss()({"query": query}, {"query": query})
+    with pytest.raises(ConfigError, match="needs the teacher's embeddings"):
+        build_distillation_loss()({"query": query}, {})
     with pytest.raises(ConfigError, match="the same rows.*'positive': 1"):
         build_distillation_loss()(
             {"query": query, "positive": query}, {"query": query, "positive": query[:1]}
