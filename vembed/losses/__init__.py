@@ -15,8 +15,17 @@ if TYPE_CHECKING:
 LOSSES = {
     "infonce": "vembed.losses.info_nce:InfoNCE",
     "sigmoid": "vembed.losses.sigmoid:PairwiseSigmoid",
+    "triplet": "vembed.losses.triplet:Triplet",
+    "margin_mse": "vembed.losses.margin_mse:MarginMSE",
     "cosent": "vembed.losses.cosent:CoSENT",
+    "angle": "vembed.losses.cosent:AnglE",
+    "cosine_mse": "vembed.losses.cosine_mse:CosineMSE",
+    "contrastive": "vembed.losses.contrastive:Contrastive",
+    "online_contrastive": "vembed.losses.contrastive:OnlineContrastive",
     "supcon": "vembed.losses.supcon:SupervisedContrastive",
+    "label_triplet": "vembed.losses.triplet:LabelTriplet",
+    "arcface": "vembed.losses.proxies:ArcFace",
+    "normalized_softmax": "vembed.losses.proxies:NormalizedSoftmax",
 }
 """Losses by the name that `loss_type` takes."""
 
@@ -46,7 +55,8 @@ class Criterion(Protocol):
             return global_mean(1 - torch.cosine_similarity(query, positive))
 
     or as a class, an `nn.Module` where it has parameters, whose constructor takes what it wants of
-    `temperature`, `learn_temperature`, `bidirectional`, `tile_size` and `loss_kwargs`:
+    `temperature`, `learn_temperature`, `bidirectional`, `tile_size`, `guided`, `num_classes`,
+    `embedding_dim` and `loss_kwargs`:
 
         class CosineDistance(torch.nn.Module):
             required_fields = frozenset({"positive"})
@@ -81,6 +91,9 @@ def build_criterion(
     learn_temperature: bool = False,
     bidirectional: bool = False,
     tile_size: int | Literal["auto"] = "auto",
+    guided: bool = False,
+    num_classes: int | None = None,
+    embedding_dim: int | None = None,
     **loss_kwargs: Any,
 ) -> Criterion:
     """Make the loss that `loss_type` names.
@@ -91,24 +104,30 @@ def build_criterion(
         learn_temperature: Likewise.
         bidirectional: Likewise.
         tile_size: Likewise.
+        guided: Likewise; whether the batches bring the embeddings of a guide model.
+        num_classes: Likewise; labels of the data.
+        embedding_dim: Likewise; size of the embeddings.
         **loss_kwargs: Passed on as they are.
 
     Raises:
         ConfigError: if the loss is unknown, the arguments do not fit it, or `learn_temperature`,
-            `bidirectional` or a `tile_size` is asked of a loss without it.
+            `bidirectional`, `guided` or a `tile_size` is asked of a loss without it.
     """
     settings = {
         "temperature": temperature,
         "learn_temperature": learn_temperature,
         "bidirectional": bidirectional,
         "tile_size": tile_size,
+        "guided": guided,
+        "num_classes": num_classes,
+        "embedding_dim": embedding_dim,
     }
     chosen = resolve("loss_type", loss_type, LOSSES)
     makes_one = isinstance(chosen, type) or (
         inspect.isroutine(chosen) and "query" not in inspect.signature(chosen).parameters
     )
     accepted = accepted_arguments(chosen, settings) if makes_one else {}
-    asked = [name for name in ("learn_temperature", "bidirectional") if settings[name]]
+    asked = [name for name in ("learn_temperature", "bidirectional", "guided") if settings[name]]
     asked += ["tile_size"] if tile_size != "auto" else []
     unfit = [name for name in asked if name not in accepted] + ([] if makes_one else [*loss_kwargs])
     if unfit:
