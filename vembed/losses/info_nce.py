@@ -58,7 +58,7 @@ class InfoNCE(nn.Module):
       linked by a chain of such, are not told apart, nor are documents that share a query. Hard
       negatives take no part. With `bidirectional`, queries are added to the ranking of q and
       documents to that of p; otherwise both to that of q. With `joint`, everything that is asked
-      for stands in the one sum of loss(q, p), as published.
+      for stands in the one sum of loss(q, p), as published, but exp(s(q, p)) once, not twice.
     - `hard_negatives: own`: of hard negatives, N(q) has only those of q's own row.
     - `hardness`: w(q, c) = exp(hardness * cos(q, c)) without gradient, so that the most similar
       negatives push hardest (LLaVE: Lan et al., 2025, equation 5, who take 9). It is in every sum,
@@ -73,8 +73,9 @@ class InfoNCE(nn.Module):
     `vembed.losses.tiling`).
 
     sentence-transformers' MultipleNegativesRankingLoss and GISTEmbedLoss give the same values on
-    rows that share no content. Where they do, theirs count copies of a positive as negatives; with
-    hard negatives, theirs rank those of other rows in document-to-document too.
+    rows that share no content, except that theirs count exp(s(q, p)) twice in a joint sum of both
+    directions, which keeps the loss above log 2. Where content is shared, theirs count copies of a
+    positive as negatives; and documents are ranked against hard negatives of other rows too.
 
     Attributes:
         logit_scale: The parameter `log(1 / temperature)` when it is learned, else None.
@@ -137,6 +138,12 @@ class InfoNCE(nn.Module):
         self.hardness = hardness
         self.margins = Margins.of(absolute_margin, relative_margin, guided=guided)
         self.guided = guided
+
+    @property
+    def compares_more(self) -> bool:
+        """Whether it is another loss than that of queries and all documents, alike in weight."""
+        own = self.hard_negatives == "own"
+        return own or self.query_negatives or self.document_negatives or self.hardness > 0
 
     def clamp(self) -> None:
         """Bring a learned temperature back into [0.01, 1]; call it after each optimizer step."""

@@ -120,12 +120,8 @@ def look_at_candidates(
         bidirectional: Whether that loss ranks queries as well.
         margins: Those of the loss.
     """
-    batch = gather_batch(
-        student["query"],
-        student.get("positive"),
-        student.get("negative"),
-        **{name: extras.get(name) for name in _IDS},
-    )
+    ids: dict[str, Any] = {name: extras.get(name) for name in _IDS}
+    batch = gather_batch(student["query"], student.get("positive"), student.get("negative"), **ids)
     relevance = batch.relevant_documents()
     limits_B = _limits(batch, margins)
     own_B5 = _count_documents(batch, relevance, student, limits_B)
