@@ -282,10 +282,22 @@ class TrainConfig(BaseModel):
         None, gt=0, description="Use only this many training rows; null: all"
     )
     drop_last: bool = Field(False, description="Drop the last, smaller batch of an epoch")
+    batch_sampler: str = Field(
+        "auto",
+        description="Which rows make a batch: random, class_balanced, no_duplicates, homogeneous, "
+        "package.module:Name; auto: what the loss needs",
+    )
+    batch_sampler_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of the batch sampler, as in {samples_per_class: 4}",
+    )
 
     # --- loss
     loss_type: str = Field(
-        "infonce", description="infonce, sigmoid, cosent, supcon, or package.module:Name"
+        "infonce",
+        description="infonce, sigmoid, triplet, margin_mse, cosent, angle, cosine_mse, "
+        "contrastive, online_contrastive, supcon, label_triplet, arcface, normalized_softmax, or "
+        "package.module:Name",
     )
     loss_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of the loss"
@@ -301,6 +313,11 @@ class TrainConfig(BaseModel):
     loss_tile_size: TileSize = Field(
         "auto",
         description="Rows and columns of similarities held at once; auto: 32 MB of them",
+    )
+    guide_model_name: str | None = Field(
+        None,
+        description="Frozen model that judges which candidates are too similar to be negatives; "
+        "named like model_name",
     )
     teacher_model_name: str | None = Field(
         None, description="Model to distil from; named like model_name"
@@ -624,6 +641,12 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
         )
     if not config.streaming:
         return
+    if config.batch_sampler not in ("auto", "random"):
+        yield Problem(
+            ("batch_sampler", "streaming"),
+            f"{config.batch_sampler} must know all rows, but those of a stream come one after "
+            "another. Set streaming: false, or batch_sampler: random",
+        )
     if config.max_train_samples is not None:
         yield Problem(
             ("max_train_samples", "streaming"),
@@ -662,7 +685,9 @@ _LOSS_SETTINGS = {
     "learn_temperature": "learn_temperature",
     "bidirectional": "loss_bidirectional",
     "tile_size": "loss_tile_size",
+    "guided": "guide_model_name",
 }
+_LOSS_FACTS = {"num_classes": "the labels of the data", "embedding_dim": "the model"}
 
 
 def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
@@ -676,6 +701,9 @@ def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
     for key, setting in _LOSS_SETTINGS.items():
         if key in config.loss_kwargs:
             yield Problem(("loss_kwargs",), f"{key} is a setting of its own. Set {setting}")
+    for key, source in _LOSS_FACTS.items():
+        if key in config.loss_kwargs:
+            yield Problem(("loss_kwargs",), f"{key} is taken from {source}. Remove it")
     if config.mixed_precision == "fp16" and config.device == "cpu":
         yield Problem(
             ("mixed_precision", "device"),

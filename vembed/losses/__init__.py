@@ -46,8 +46,13 @@ class Criterion(Protocol):
     number per row, `vembed.distributed.global_mean` of them, which counts every row once also where
     processes have unequally many. A loss that looks at other rows gathers them with `gather_rows`.
 
-    Two things are read from it if it has them: `required_fields`, the row fields without which it
-    cannot work, and the method `clamp()`, called after each optimizer step.
+    A guided loss gets `guide_query`, `guide_positive` and `guide_negative` too, a guide model's
+    embeddings of the same rows.
+
+    Four things are read from it if it has them: `required_fields`, the row fields without which it
+    cannot work; `score_range`, the lowest and the highest score that it takes; `batch_sampler`, how
+    batches should be made where the user does not say; and the method `clamp()`, called after each
+    optimizer step.
 
     The smallest valid one, usable as `loss_type: my_losses:cosine_distance`:
 
@@ -160,7 +165,7 @@ def build_distillation_loss(
     return cast(DistillationLoss, made)
 
 
-def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
+def check_row_fields(criterion: Criterion | type[Criterion], fields: Collection[str]) -> None:
     """Check that every row has what the loss cannot work without.
 
     Args:
@@ -180,10 +185,42 @@ def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
         key=lambda name: -len(required[name]),
     )
     name = getattr(criterion, "__name__", type(criterion).__name__)
+    advice = "If a column has another name, name it in column_mapping"
+    if "score" in missing and {"positive", "label"} <= set(fields):
+        advice = (
+            "A label of a pair, such as 0 or 1, is a score: column_mapping: {score: YOUR_COLUMN}"
+        )
     raise ConfigError(
         f"loss_type: {name} needs {' and '.join(missing)} in every row. Received rows with: "
         f"{', '.join(sorted(fields))}. Losses that fit these rows: {', '.join(fitting) or 'none'}. "
-        "If a column has another name, name it in column_mapping"
+        f"{advice}"
+    )
+
+
+def check_scores(criterion: Criterion, *, lowest: float, highest: float) -> None:
+    """Check that scores are on the scale that the loss is about.
+
+    Args:
+        criterion: A loss; one without `score_range` fits any scores.
+        lowest: The lowest score of the data.
+        highest: The highest.
+
+    Raises:
+        ConfigError: if one of them is out of the range.
+    """
+    least, most = getattr(criterion, "score_range", (lowest, highest))
+    if least <= lowest and highest <= most:
+        return
+    scaled = hasattr(criterion, "score_scale")
+    advice = (
+        f"Set loss_kwargs: {{score_scale: {max(abs(lowest), abs(highest)):g}}}"
+        if scaled
+        else "Bring them onto that scale"
+    )
+    raise ConfigError(
+        f"loss_type: {type(criterion).__name__} takes scores from {least:g} to {most:g}. Received: "
+        f"scores from {lowest:g} to {highest:g}. {advice}, or use cosent, for which only their "
+        "order counts"
     )
 
 

@@ -21,6 +21,7 @@ from vembed.modes import IMAGE, TEXT, RetrievalMode
 
 ROLES = ("query", "positive", "negative")
 TEACHER_PREFIX = "teacher_"
+GUIDE_PREFIX = "guide_"
 
 _PREFIXES = {
     "query": ("query_",),
@@ -66,7 +67,7 @@ def unpack_extras(batch: Mapping[str, Any]) -> dict[str, Any]:
     Of a borrowed row, nothing: tensors and lists without entries.
     """
     prefixes = sum(_PREFIXES.values(), ())
-    inputs = (*prefixes, *(f"{TEACHER_PREFIX}{prefix}" for prefix in prefixes))
+    inputs = (*prefixes, *(f"{TEACHER_PREFIX}{prefix}" for prefix in prefixes), GUIDE_PREFIX)
     extras = {key: value for key, value in batch.items() if not key.startswith(inputs)}
     if extras.pop(BORROWED, False):
         return {key: value[:0] for key, value in extras.items()}

@@ -32,6 +32,7 @@ from vembed.training.data_utils import (
 )
 from vembed.training.evaluator import Evaluator
 from vembed.training.gradient_cache import GradientCache
+from vembed.training.guide import Guide
 from vembed.training.learned_scale import keep_in_model
 from vembed.training.model_builder import enable_static_graph
 from vembed.training.objective import Embeddings, Objective, StepLoss
@@ -84,6 +85,8 @@ class Trainer:
         distillation_loss_fn: Callable[..., Tensor] | None = None,
         evaluator: Evaluator | None = None,
         val_dataloader: Iterable[Batch] | None = None,
+        *,
+        guide: Guide | None = None,
     ) -> None:
         """Assign and check.
 
@@ -99,6 +102,7 @@ class Trainer:
             distillation_loss_fn: `fn(student, teacher, **extras)`; required with a teacher.
             evaluator: Measures the model during training.
             val_dataloader: Batches for the evaluator's loss.
+            guide: Embeds each batch for a guided criterion; batches must bring its inputs.
 
         Raises:
             ConfigError: if the parts do not fit together.
@@ -117,6 +121,7 @@ class Trainer:
         self.distillation_loss_fn = distillation_loss_fn
         self.evaluator = evaluator
         self.val_dataloader = val_dataloader
+        self.guide = guide
         self.state = TrainState()
         alpha = self.config.distillation_alpha if distillation_loss_fn is not None else 1.0
         self.objective = Objective(criterion, distillation_loss_fn, alpha)
@@ -138,6 +143,8 @@ class Trainer:
             self.dataloader = accelerator.prepare(self.dataloader)
         if self.teacher_model is not None:
             self.teacher_model.requires_grad_(False).eval().to(accelerator.device)
+        if self.guide is not None:
+            self.guide.encoder.to(accelerator.device)
         for function in (self.criterion, self.distillation_loss_fn):
             if isinstance(function, nn.Module):
                 function.to(accelerator.device)
@@ -273,7 +280,7 @@ class Trainer:
     def _step_through(self, cache: GradientCache, batch: Batch) -> StepOutput:
         inputs = unpack_roles(batch, self.config.retrieval_mode)
         teacher = self._teacher_embeddings(cache, batch)
-        extras = unpack_extras(batch)
+        extras = unpack_extras(batch) | ({} if self.guide is None else self.guide.embed(batch))
 
         def objective(student: Embeddings) -> StepLoss:
             return self.objective(own_rows(student, batch), extras, teacher)

@@ -205,10 +205,16 @@ def _judge(result: Validation, trainer: Trainer) -> tuple[float, bool]:
 
 def _save_step(trainer: Trainer, step: int) -> None:
     folder = Path(trainer.config.output_dir) / "checkpoints"
-    _save(trainer, folder / STEP_FOLDER.format(step=step))
+    _save(trainer, folder / STEP_FOLDER.format(step=step), with_loss=True)
     if trainer.accelerator.is_main_process:
         remove_old_checkpoints(folder, trainer.config.save_total_limit)
 
 
-def _save(trainer: Trainer, path: Path) -> None:
-    save_checkpoint(path, trainer.model_to_save(), trainer.accelerator, config=trainer.config)
+def _save(trainer: Trainer, path: Path, *, with_loss: bool = False) -> None:
+    save_checkpoint(
+        path,
+        trainer.model_to_save(),
+        trainer.accelerator,
+        config=trainer.config,
+        criterion=trainer.criterion if with_loss else None,
+    )

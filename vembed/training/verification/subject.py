@@ -144,6 +144,8 @@ def prepare(subject: Subject, case: Case) -> Prepared:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=case.variation.loss_scale)
     trainer.prepare()
     collate = build_collator(encoder, cast("Encoder | None", trainer.teacher_model))
+    if trainer.guide is not None:
+        collate = trainer.guide.collator(collate)
     return Prepared(trainer, records, collate, config.seed)
 
 
