@@ -269,7 +269,8 @@ class TestComplaints:
             "--config_override: expected KEY=VALUE. Received: 'oops'",
             "--lr: expected a value after it",
             "train.yaml:2: lr: expected a number. Received: 'fast'",
-            "train.yaml:3: batchsize: unknown setting (did you mean 'batch_size' or 'batch_sampler'?)",
+            "train.yaml:3: batchsize: unknown setting (did you mean 'batch_size' or "
+            "'batch_sampler'?)",
             "train.yaml:4: lora_rank: unknown setting (did you mean 'lora_r' or 'lora_alpha'?)",
             "--config_override: temprature: unknown setting (did you mean 'temperature' or "
             "'learn_temperature'?)",
