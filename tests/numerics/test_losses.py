@@ -534,6 +534,25 @@ def test_hardness_without_gradient_of_the_weights():
     assert abs(evaluate(build_criterion("infonce"), rows).loss - loss) > 1e-3
 
 
+def test_an_own_hard_negative_that_another_row_pairs_with_the_query_is_none():
+    """Rows 0 and 1 are the same query; the hard negative of row 0 is the positive of row 1."""
+    batch = make_pairs(0) | {
+        "negative": make_pairs(0)["positive"][[1]],
+        "counts_negative": torch.tensor([1, 0, 0, 0, 0, 0]),
+        "ids_query": torch.tensor([7, 7, 2, 3, 4, 5]),
+        "ids_positive": torch.tensor([10, 11, 12, 13, 14, 15]),
+        "ids_negative": torch.tensor([11]),
+    }
+    case = replace(CASES["infonce-own"], make_batch=lambda seed: batch)
+    assert distance_to_reference(case, batch) <= EXACT
+    other = batch | {"ids_negative": torch.tensor([20])}
+    masked, counted = (
+        evaluate(build_criterion("infonce", hard_negatives="own"), rows) for rows in (batch, other)
+    )
+    assert (masked.grads["negative"] == 0).all()
+    assert masked.loss < counted.loss
+
+
 def test_a_guide_of_the_same_vectors_judges_as_the_model_itself():
     rows = make_rich(0)
     batch = rows | {f"guide_{role}": rows[role] for role in EMBEDDINGS}
