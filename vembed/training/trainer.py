@@ -280,7 +280,7 @@ class Trainer:
     def _step_through(self, cache: GradientCache, batch: Batch) -> StepOutput:
         inputs = unpack_roles(batch, self.config.retrieval_mode)
         teacher = self._teacher_embeddings(cache, batch)
-        extras = unpack_extras(batch) | ({} if self.guide is None else self.guide.embed(batch))
+        extras = self.extras_of(batch)
 
         def objective(student: Embeddings) -> StepLoss:
             return self.objective(own_rows(student, batch), extras, teacher)
@@ -293,6 +293,14 @@ class Trainer:
             backward=self.accelerator.backward,
         )
         return StepOutput(loss.total, loss.parts)
+
+    def extras_of(self, batch: Batch) -> dict[str, Any]:
+        """What the objective is told of a batch beside embeddings, a guide's judgement among it.
+
+        Args:
+            batch: On the device of the run.
+        """
+        return unpack_extras(batch) | ({} if self.guide is None else self.guide.embed(batch))
 
     def _embed(self, inputs: Inputs) -> Tensor:
         """Model inputs of n rows to embeddings [n, D]: the one place that calls the encoder."""

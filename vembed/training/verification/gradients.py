@@ -23,7 +23,6 @@ from vembed.training.data_utils import (
     maybe_first,
     own_rows,
     row_lengths,
-    unpack_extras,
     unpack_roles,
 )
 from vembed.training.gradient_cache import GradientCache
@@ -201,7 +200,7 @@ def _join(parts: Sequence[Embeddings]) -> Embeddings:
 def _backward(
     trainer: Trainer, embeddings: Embeddings, taught: Embeddings, batch: Batch, micro_batches: int
 ) -> None:
-    loss = trainer.objective(embeddings, unpack_extras(batch), taught or None)
+    loss = trainer.objective(embeddings, trainer.extras_of(batch), taught or None)
     (loss.total / micro_batches).backward()  # type: ignore[no-untyped-call]
 
 
