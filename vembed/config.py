@@ -381,12 +381,22 @@ class TrainConfig(BaseModel):
         None, gt=0, description="Use only this many training rows; null: all"
     )
     drop_last: bool = Field(False, description="Drop the last, smaller batch of an epoch")
+    batch_sampler: str = Field(
+        "auto",
+        description="Which rows make a batch: random, class_balanced, no_duplicates, homogeneous, "
+        "package.module:Name; auto: what the loss needs",
+    )
+    batch_sampler_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of the batch sampler, as in {samples_per_class: 4}",
+    )
 
     # --- loss
     loss_type: str = Field(
         "infonce",
-        description="infonce, sigmoid, cosent, supcon, maxsim (also called colbert), or "
-        "package.module:Name",
+        description="infonce, sigmoid, triplet, margin_mse, cosent, angle, cosine_mse, "
+        "contrastive, online_contrastive, supcon, label_triplet, arcface, normalized_softmax, "
+        "maxsim (also called colbert), or package.module:Name",
     )
     loss_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of the loss"
@@ -402,6 +412,11 @@ class TrainConfig(BaseModel):
     loss_tile_size: TileSize = Field(
         "auto",
         description="Rows and columns of similarities held at once; auto: 32 MB of them",
+    )
+    guide_model_name: str | None = Field(
+        None,
+        description="Frozen model that judges which candidates are too similar to be negatives; "
+        "named like model_name",
     )
     teacher_model_name: str | None = Field(
         None, description="Model to distil from; named like model_name"
@@ -712,6 +727,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_model_conflicts(config),
         *_composed_conflicts(config),
         *_lora_conflicts(config),
+        *_loss_conflicts(config),
         *_token_conflicts(config),
         *_data_conflicts(config),
         *_validation_conflicts(config),
@@ -782,26 +798,32 @@ def _composed_conflicts(config: TrainConfig) -> Iterator[Problem]:
             )
 
 
-_POOLED_LOSSES = ("infonce", "sigmoid", "cosent", "supcon")
-_TOKEN_LOSSES = ("maxsim", "colbert")
+POOLED_LOSSES = (
+    "infonce", "sigmoid", "triplet", "margin_mse", "cosent", "angle", "cosine_mse", "contrastive",
+    "online_contrastive", "supcon", "label_triplet", "arcface", "normalized_softmax",
+)  # fmt: skip
+"""Losses by name that compare one vector for each item. They say so themselves, but need torch."""
+
+TOKEN_LOSSES = ("maxsim", "colbert")
+"""Those that compare a vector for each token."""
 
 
 def _token_conflicts(config: TrainConfig) -> Iterator[Problem]:
     """What needs one vector per item, beside settings that keep one for each token."""
     keeps = config.pooling_method == "none"
-    if keeps and config.loss_type in _POOLED_LOSSES:
+    if keeps and config.loss_type in POOLED_LOSSES:
         yield Problem(
             ("loss_type", "pooling_method"),
             f"{config.loss_type} compares one vector for each item, but pooling_method none keeps "
-            f"one for each token. Set loss_type: {_TOKEN_LOSSES[0]}",
+            f"one for each token. Set loss_type: {TOKEN_LOSSES[0]}",
         )
-    if config.pooling_method not in (None, "none") and config.loss_type in _TOKEN_LOSSES:
+    if config.pooling_method not in (None, "none") and config.loss_type in TOKEN_LOSSES:
         yield Problem(
             ("loss_type", "pooling_method"),
             f"{config.loss_type} compares a vector for each token, but pooling_method "
             f"{config.pooling_method} leaves one for each item. Set pooling_method: none",
         )
-    if not keeps and config.loss_type not in _TOKEN_LOSSES:
+    if not keeps and config.loss_type not in TOKEN_LOSSES:
         return
     for key, clashes, rule in (
         ("normalize_embeddings", config.normalize_embeddings is False,
@@ -836,6 +858,12 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
         )
     if not config.streaming:
         return
+    if config.batch_sampler not in ("auto", "random"):
+        yield Problem(
+            ("batch_sampler", "streaming"),
+            f"{config.batch_sampler} must know all rows, but those of a stream come one after "
+            "another. Set streaming: false, or batch_sampler: random",
+        )
     if config.max_train_samples is not None:
         yield Problem(
             ("max_train_samples", "streaming"),
@@ -903,7 +931,18 @@ _LOSS_SETTINGS = {
     "learn_temperature": "learn_temperature",
     "bidirectional": "loss_bidirectional",
     "tile_size": "loss_tile_size",
+    "guided": "guide_model_name",
 }
+_LOSS_FACTS = {"num_classes": "the labels of the data", "embedding_dim": "the model"}
+
+
+def _loss_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    for key, setting in _LOSS_SETTINGS.items():
+        if key in config.loss_kwargs:
+            yield Problem(("loss_kwargs",), f"{key} is a setting of its own. Set {setting}")
+    for key, source in _LOSS_FACTS.items():
+        if key in config.loss_kwargs:
+            yield Problem(("loss_kwargs",), f"{key} is taken from {source}. Remove it")
 
 
 def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
@@ -921,9 +960,6 @@ def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
                 f"{pattern} would never be trained: it is frozen for {step} steps, "
                 f"but max_steps is {steps}",
             )
-    for key, setting in _LOSS_SETTINGS.items():
-        if key in config.loss_kwargs:
-            yield Problem(("loss_kwargs",), f"{key} is a setting of its own. Set {setting}")
     if config.mixed_precision == "fp16" and config.device == "cpu":
         yield Problem(
             ("mixed_precision", "device"),

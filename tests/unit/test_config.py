@@ -72,7 +72,10 @@ def problems_of(**settings) -> list[str]:
             "report_to[1]: expected one of wandb, tensorboard, swanlab "
             "(did you mean 'tensorboard'?). Received: 'tensorbord'",
         ),
-        ({"batchsize": 3}, "batchsize: unknown setting (did you mean 'batch_size'?)"),
+        (
+            {"batchsize": 3},
+            "batchsize: unknown setting (did you mean 'batch_size' or 'batch_sampler'?)",
+        ),
         ({"zzz": 3}, "zzz: unknown setting"),
         ({"data_path": 3}, "data_path: expected text or a list, as in [a, b]. Received: 3"),
         (

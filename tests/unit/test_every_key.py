@@ -79,11 +79,17 @@ CHANGES = {
     "shuffle_buffer_size": (1, {"streaming": True, "holdout_ratio": 0}),
     "max_train_samples": (6, {}),
     "drop_last": (True, {"max_steps": None, "epochs": 1, "batch_size": 15}),
+    "batch_sampler": ("no_duplicates", {"data_path": "<repeated pairs>"}),
+    "batch_sampler_kwargs": (
+        {"samples_per_class": 2},
+        {"data_path": "<labelled>", "loss_type": "supcon", "holdout_ratio": 0, "batch_size": 8},
+    ),
     "loss_type": ("supcon", {}),
     "loss_kwargs": ({"nonsense": 1}, {}),
     "temperature": (1.0, {}),
     "learn_temperature": (True, {}),
     "loss_bidirectional": (True, {}),
+    "guide_model_name": ("<other model>", {}),
     "teacher_model_name": ("<other model>", {}),
     "teacher_dtype": ("bfloat16", {"teacher_model_name": "<other model>"}),
     "teacher_cache": ("nothing there", {"teacher_model_name": "<other model>"}),
@@ -166,6 +172,9 @@ def places(tmp_path_factory, tiny_st_path, pairs_path, beir_path):
     write_rows(folder / "damaged.jsonl", damaged)
     write_rows(folder / "urls.jsonl", [{"query": "a", "positive": "http://other.org/a.png"}])
     write_rows(folder / "bad.jsonl", [*rows, {"query": ""}])
+    write_rows(folder / "repeated.jsonl", [*rows, *({**r, "query": r["positive"]} for r in rows)])
+    labelled = [{"text": row["query"], "label": n % 4} for n, row in enumerate(rows)]
+    write_rows(folder / "labelled.jsonl", labelled)
     return {
         "<model>": str(tiny_st_path),
         "<other model>": str(other),
@@ -178,6 +187,8 @@ def places(tmp_path_factory, tiny_st_path, pairs_path, beir_path):
         "<damaged>": str(folder / "damaged.jsonl"),
         "<urls>": str(folder / "urls.jsonl"),
         "<bad row>": str(folder / "bad.jsonl"),
+        "<repeated pairs>": str(folder / "repeated.jsonl"),
+        "<labelled>": str(folder / "labelled.jsonl"),
     }
 
 

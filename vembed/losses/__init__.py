@@ -17,8 +17,17 @@ if TYPE_CHECKING:
 LOSSES = {
     "infonce": "vembed.losses.info_nce:InfoNCE",
     "sigmoid": "vembed.losses.sigmoid:PairwiseSigmoid",
+    "triplet": "vembed.losses.triplet:Triplet",
+    "margin_mse": "vembed.losses.margin_mse:MarginMSE",
     "cosent": "vembed.losses.cosent:CoSENT",
+    "angle": "vembed.losses.cosent:AnglE",
+    "cosine_mse": "vembed.losses.cosine_mse:CosineMSE",
+    "contrastive": "vembed.losses.contrastive:Contrastive",
+    "online_contrastive": "vembed.losses.contrastive:OnlineContrastive",
     "supcon": "vembed.losses.supcon:SupervisedContrastive",
+    "label_triplet": "vembed.losses.triplet:LabelTriplet",
+    "arcface": "vembed.losses.proxies:ArcFace",
+    "normalized_softmax": "vembed.losses.proxies:NormalizedSoftmax",
     "maxsim": "vembed.losses.late_interaction:MaxSimInfoNCE",
     "colbert": "vembed.losses.late_interaction:MaxSimInfoNCE",
 }
@@ -48,9 +57,14 @@ class Criterion(Protocol):
     number per row, `vembed.distributed.global_mean` of them, which counts every row once also where
     processes have unequally many. A loss that looks at other rows gathers them with `gather_rows`.
 
-    Three things are read from it if it has them: `required_fields`, the row fields without which it
-    cannot work, `takes_tokens`, whether embeddings must be token vectors or must not, and the
-    method `clamp()`, called after each optimizer step.
+    A guided loss gets `guide_query`, `guide_positive` and `guide_negative` too, a guide model's
+    embeddings of the same rows.
+
+    Five things are read from it if it has them: `required_fields`, the row fields without which it
+    cannot work; `takes_tokens`, whether embeddings must be token vectors or must not;
+    `score_range`, the lowest and the highest score that it takes; `batch_sampler`, how batches
+    should be made where the user does not say; and the method `clamp()`, called after each
+    optimizer step.
 
     The smallest valid one, usable as `loss_type: my_losses:cosine_distance`:
 
@@ -58,7 +72,8 @@ class Criterion(Protocol):
             return global_mean(1 - torch.cosine_similarity(query, positive))
 
     or as a class, an `nn.Module` where it has parameters, whose constructor takes what it wants of
-    `temperature`, `learn_temperature`, `bidirectional`, `tile_size` and `loss_kwargs`:
+    `temperature`, `learn_temperature`, `bidirectional`, `tile_size`, `guided`, `num_classes`,
+    `embedding_dim` and `loss_kwargs`:
 
         class CosineDistance(torch.nn.Module):
             required_fields = frozenset({"positive"})
@@ -94,6 +109,9 @@ def build_criterion(
     learn_temperature: bool = False,
     bidirectional: bool = False,
     tile_size: int | Literal["auto"] = "auto",
+    guided: bool = False,
+    num_classes: int | None = None,
+    embedding_dim: int | None = None,
     **loss_kwargs: Any,
 ) -> Criterion:
     """Make the loss that `loss_type` names.
@@ -104,24 +122,30 @@ def build_criterion(
         learn_temperature: Likewise.
         bidirectional: Likewise.
         tile_size: Likewise.
+        guided: Likewise; whether the batches bring the embeddings of a guide model.
+        num_classes: Likewise; labels of the data.
+        embedding_dim: Likewise; size of the embeddings.
         **loss_kwargs: Passed on as they are.
 
     Raises:
         ConfigError: if the loss is unknown, the arguments do not fit it, or `learn_temperature`,
-            `bidirectional` or a `tile_size` is asked of a loss without it.
+            `bidirectional`, `guided` or a `tile_size` is asked of a loss without it.
     """
     settings = {
         "temperature": temperature,
         "learn_temperature": learn_temperature,
         "bidirectional": bidirectional,
         "tile_size": tile_size,
+        "guided": guided,
+        "num_classes": num_classes,
+        "embedding_dim": embedding_dim,
     }
     chosen = resolve("loss_type", loss_type, LOSSES)
     makes_one = isinstance(chosen, type) or (
         inspect.isroutine(chosen) and "query" not in inspect.signature(chosen).parameters
     )
     accepted = accepted_arguments(chosen, settings) if makes_one else {}
-    asked = [name for name in ("learn_temperature", "bidirectional") if settings[name]]
+    asked = [name for name in ("learn_temperature", "bidirectional", "guided") if settings[name]]
     asked += ["tile_size"] if tile_size != "auto" else []
     unfit = [name for name in asked if name not in accepted] + ([] if makes_one else [*loss_kwargs])
     if unfit:
@@ -221,7 +245,7 @@ def build_distillation(
     )
 
 
-def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
+def check_row_fields(criterion: Criterion | type[Criterion], fields: Collection[str]) -> None:
     """Check that every row has what the loss cannot work without.
 
     Args:
@@ -241,10 +265,42 @@ def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
         key=lambda name: -len(required[name]),
     )
     name = getattr(criterion, "__name__", type(criterion).__name__)
+    advice = "If a column has another name, name it in column_mapping"
+    if "score" in missing and {"positive", "label"} <= set(fields):
+        advice = (
+            "A label of a pair, such as 0 or 1, is a score: column_mapping: {score: YOUR_COLUMN}"
+        )
     raise ConfigError(
         f"loss_type: {name} needs {' and '.join(missing)} in every row. Received rows with: "
         f"{', '.join(sorted(fields))}. Losses that fit these rows: {', '.join(fitting) or 'none'}. "
-        "If a column has another name, name it in column_mapping"
+        f"{advice}"
+    )
+
+
+def check_scores(criterion: Criterion, *, lowest: float, highest: float) -> None:
+    """Check that scores are on the scale that the loss is about.
+
+    Args:
+        criterion: A loss; one without `score_range` fits any scores.
+        lowest: The lowest score of the data.
+        highest: The highest.
+
+    Raises:
+        ConfigError: if one of them is out of the range.
+    """
+    least, most = getattr(criterion, "score_range", (lowest, highest))
+    if least <= lowest and highest <= most:
+        return
+    scaled = hasattr(criterion, "score_scale")
+    advice = (
+        f"Set loss_kwargs: {{score_scale: {max(abs(lowest), abs(highest)):g}}}"
+        if scaled
+        else "Bring them onto that scale"
+    )
+    raise ConfigError(
+        f"loss_type: {type(criterion).__name__} takes scores from {least:g} to {most:g}. Received: "
+        f"scores from {lowest:g} to {highest:g}. {advice}, or use cosent, for which only their "
+        "order counts"
     )
 
 

@@ -23,6 +23,7 @@ ROLES = ("query", "positive", "negative")
 TEACHER_PREFIX = "teacher_"
 TEACHER_VECTORS = "teacher_{role}_vectors"
 """Key of a teacher's embeddings of a role, `[rows, size]`, in a batch that comes with them."""
+GUIDE_PREFIX = "guide_"
 
 _PREFIXES = {
     "query": ("query_",),
@@ -68,7 +69,7 @@ def unpack_extras(batch: Mapping[str, Any]) -> dict[str, Any]:
     Of a borrowed row, nothing: tensors and lists without entries.
     """
     prefixes = sum(_PREFIXES.values(), ())
-    inputs = (*prefixes, *(f"{TEACHER_PREFIX}{prefix}" for prefix in prefixes))
+    inputs = (*prefixes, *(f"{TEACHER_PREFIX}{prefix}" for prefix in prefixes), GUIDE_PREFIX)
     extras = {key: value for key, value in batch.items() if not key.startswith(inputs)}
     if extras.pop(BORROWED, False):
         return {key: value[:0] for key, value in extras.items()}

@@ -137,9 +137,22 @@ def load_task(
 
 
 def build_train_loader(
-    config: TrainConfig, data: RunData, collate: Callable[..., Any], accelerator: Accelerator
+    config: TrainConfig,
+    data: RunData,
+    collate: Callable[..., Any],
+    accelerator: Accelerator,
+    *,
+    batch_sampler: str = "random",
 ) -> DataLoader[Any]:
-    """Batches to train on: this process's share of every global batch."""
+    """Batches to train on: this process's share of every global batch.
+
+    Args:
+        config: The settings.
+        data: The rows.
+        collate: Makes a batch of records.
+        accelerator: Says which of how many processes this is.
+        batch_sampler: How rows are put together; see `vembed.data.BATCH_SAMPLERS`.
+    """
     return build_dataloader(
         data.train,
         collate,
@@ -150,6 +163,8 @@ def build_train_loader(
         num_workers=config.num_workers,
         drop_last=config.drop_last,
         shuffle_buffer_size=config.shuffle_buffer_size,
+        batch_sampler=batch_sampler,
+        batch_sampler_kwargs=config.batch_sampler_kwargs,
     )
 
 

@@ -35,6 +35,7 @@ from vembed.training.data_utils import (
 from vembed.training.evaluator import Evaluator
 from vembed.training.freezing import Unfreezing
 from vembed.training.gradient_cache import GradientCache
+from vembed.training.guide import Guide
 from vembed.training.learned_scale import keep_in_model
 from vembed.training.model_builder import enable_static_graph
 from vembed.training.objective import Embeddings, Objective, StepLoss
@@ -94,6 +95,8 @@ class Trainer:
         distillation_loss_fn: Callable[..., Tensor] | None = None,
         evaluator: Evaluator | None = None,
         val_dataloader: Iterable[Batch] | None = None,
+        *,
+        guide: Guide | None = None,
     ) -> None:
         """Assign and check.
 
@@ -110,6 +113,7 @@ class Trainer:
                 one, batches bring the teacher's embeddings or `teacher_scores`.
             evaluator: Measures the model during training.
             val_dataloader: Batches for the evaluator's loss.
+            guide: Embeds each batch for a guided criterion; batches must bring its inputs.
 
         Raises:
             ConfigError: if the parts do not fit together.
@@ -130,6 +134,7 @@ class Trainer:
         self.distillation_loss_fn = distillation_loss_fn
         self.evaluator = evaluator
         self.val_dataloader = val_dataloader
+        self.guide = guide
         self.state = TrainState()
         alpha = self.config.distillation_alpha if distillation_loss_fn is not None else 1.0
         self.objective = Objective(criterion, distillation_loss_fn, alpha)
@@ -153,6 +158,8 @@ class Trainer:
             self.dataloader = accelerator.prepare(self.dataloader)
         if self.teacher_model is not None:
             self.teacher_model.requires_grad_(False).eval().to(accelerator.device)
+        if self.guide is not None:
+            self.guide.encoder.to(accelerator.device)
         for function in (self.criterion, self.distillation_loss_fn):
             if isinstance(function, nn.Module):
                 function.to(accelerator.device)
@@ -308,7 +315,7 @@ class Trainer:
         lengths = row_lengths(batch, inputs)
         self._adapter_watch.see_batch(inputs, lengths)
         teacher = self._teacher_embeddings(cache, batch)
-        extras = unpack_extras(batch)
+        extras = self.extras_of(batch)
 
         def objective(student: Embeddings) -> StepLoss:
             return self.objective(own_rows(student, batch), extras, teacher)
@@ -321,6 +328,14 @@ class Trainer:
             backward=self.accelerator.backward,
         )
         return StepOutput(loss.total, loss.parts, loss.weights)
+
+    def extras_of(self, batch: Batch) -> dict[str, Any]:
+        """What the objective is told of a batch beside embeddings, a guide's judgement among it.
+
+        Args:
+            batch: On the device of the run.
+        """
+        return unpack_extras(batch) | ({} if self.guide is None else self.guide.embed(batch))
 
     def _embed(self, inputs: Inputs) -> Tensor:
         """Model inputs of n rows to embeddings [n, D]: the one place that calls the encoder."""

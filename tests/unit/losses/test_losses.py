@@ -54,7 +54,11 @@ def test_the_tables_import_no_torch_and_name_classes_that_exist():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     for table in (LOSSES, DISTILLATION_LOSSES):
         for name in table:
-            assert issubclass(resolve("loss_type", name, table), nn.Module)
+            loss = resolve("loss_type", name, table)
+            assert issubclass(loss, nn.Module)
+            # What it computes and which rows it needs is said of each.
+            assert "=" in loss.__doc__, name
+            assert loss.required_fields
 
 
 def test_settings_reach_the_loss():
@@ -78,6 +82,9 @@ def test_a_loss_gets_only_the_settings_it_has():
         "learn_temperature": False,
         "bidirectional": False,
         "tile_size": "auto",
+        "guided": False,
+        "num_classes": None,
+        "embedding_dim": None,
         "margin": 1,
     }
 
@@ -152,7 +159,11 @@ def test_rows_that_fit(loss_type, fields):
         ("infonce", {"query", "label"}, "InfoNCE needs positive .*: label, query.*fit.*: supcon"),
         ("cosent", {"query", "positive"}, "CoSENT needs score.*fit.*: infonce, sigmoid"),
         ("cosent", {"query", "label"}, "CoSENT needs positive and score.*fit.*: supcon"),
-        ("supcon", {"query", "positive", "score"}, "needs label.*fit these rows: cosent, infonce"),
+        (
+            "supcon",
+            {"query", "positive", "score"},
+            "needs label.*fit these rows: cosent, angle, cosine_mse",
+        ),
         ("supcon", {"query"}, "fit these rows: none"),
     ],
 )

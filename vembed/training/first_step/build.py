@@ -131,9 +131,11 @@ def _look_at_candidates(
     batch: FirstBatch, criterion: Callable[..., Tensor], temperature: Temperature | None
 ) -> Candidates | None:
     """For the losses of which it is known that they rank candidates. Collective."""
-    if not isinstance(criterion, InfoNCE | PairwiseSigmoid):
+    if not isinstance(criterion, InfoNCE | PairwiseSigmoid) or criterion.guided:
         return None
     softmax = isinstance(criterion, InfoNCE) and temperature is not None
+    if isinstance(criterion, InfoNCE) and criterion.compares_more:
+        return None
     return look_at_candidates(
         batch.student,
         batch.extras,

@@ -25,7 +25,6 @@ from vembed.training.data_utils import (
     row_lengths,
     teacher_batch,
     teacher_vectors,
-    unpack_extras,
     unpack_roles,
 )
 from vembed.training.gradient_cache import GradientCache
@@ -205,7 +204,7 @@ def _join(parts: Sequence[Embeddings]) -> Embeddings:
 def _backward(
     trainer: Trainer, embeddings: Embeddings, taught: Embeddings, batch: Batch, micro_batches: int
 ) -> None:
-    loss = trainer.objective(embeddings, unpack_extras(batch), taught or None)
+    loss = trainer.objective(embeddings, trainer.extras_of(batch), taught or None)
     (loss.total / micro_batches).backward()  # type: ignore[no-untyped-call]
 
 

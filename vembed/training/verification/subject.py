@@ -134,7 +134,13 @@ def prepare(subject: Subject, case: Case) -> Prepared:
             raise
         raise DoesNotApplyError(str(error)) from error
     trainer = build_trainer(config, accelerator, encoder, RunData(subject.rows))
-    modules = (encoder, trainer.criterion, trainer.teacher_model, trainer.distillation_loss_fn)
+    modules = (
+        encoder,
+        trainer.criterion,
+        trainer.teacher_model,
+        trainer.distillation_loss_fn,
+        None if trainer.guide is None else trainer.guide.encoder,
+    )
     dtype = getattr(torch, subject.scope.dtype_of(case.variation))
     for module in modules:
         if isinstance(module, nn.Module):
