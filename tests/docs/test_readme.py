@@ -178,7 +178,8 @@ def test_the_table_of_losses_is_that_of_the_package():
 
 
 def test_arguments_of_infonce_in_the_text_are_accepted():
-    text = README.read_text(encoding="utf-8")
+    text = README.read_text(encoding="utf-8").partition("What `infonce` can do beside")[2]
+    text = text.partition("\n\n")[0]
     arguments = re.findall(r"`loss_kwargs: (\{[^`]+\})`", text)
 
     for one in arguments:

@@ -238,9 +238,11 @@ CONFLICTS = [
     ),
     ({"pooling_method": "none"}, "loss_type: infonce compares one vector for each item"),
     ({"pooling_method": "none", "loss_type": "cosent"}, "loss_type: cosent compares one vector"),
+    ({"pooling_method": "none", "loss_type": "arcface"}, "loss_type: arcface compares one vector"),
     ({"pooling_method": "cls", "loss_type": "colbert"}, "loss_type: colbert compares a vector for"),
     ({"loss_type": "maxsim", "normalize_embeddings": False}, "normalize_embeddings: MaxSim adds"),
     ({"loss_type": "maxsim", "teacher_model_name": "x"}, "teacher_model_name: distillation comp"),
+    ({"loss_type": "maxsim", "distillation_loss": "score"}, "distillation_loss: distillation comp"),
     ({"loss_type": "maxsim", "encoder_mode": "dual"}, "encoder_mode: the towers of a dual encod"),
     (
         {"ddp_static_graph": True, "use_gradient_cache": True},

@@ -347,8 +347,8 @@ class TestWhatOnlyChangesHowARunComputes:
             assert observed(loss_tile_size=size)["error"] is None
             # The report of the first step has tiles of its own, which are always auto.
             assert {found for asked, found in shapes if asked == size} == {shape}
-        refused = observed(loss_tile_size=3, loss_type="cosent")["error"]
-        assert "'cosent' has no tile_size" in refused
+        refused = observed(loss_tile_size=3, loss_type="triplet")["error"]
+        assert "'triplet' has no tile_size" in refused
 
     def test_adapter_path(self, observed, tmp_path):
         first = observed(use_lora=True)

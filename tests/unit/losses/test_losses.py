@@ -56,9 +56,11 @@ def test_the_tables_import_no_torch_and_name_classes_that_exist():
         for name in table:
             loss = resolve("loss_type", name, table)
             assert issubclass(loss, nn.Module)
-            # What it computes and which rows it needs is said of each.
             assert "=" in loss.__doc__, name
-            assert loss.required_fields
+    for name in LOSSES:
+        loss = resolve("loss_type", name, LOSSES)
+        assert loss.required_fields
+        assert isinstance(loss.takes_tokens, bool)
 
 
 def test_settings_reach_the_loss():

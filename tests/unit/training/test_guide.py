@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from tests.tiny import PAIRS, tiny_bert, tiny_qwen3, write_rows
+from vembed.config import TrainConfig
 from vembed.data import BORROWED, Collator, load_dataset_records
 from vembed.errors import ConfigError
 from vembed.losses import build_criterion
 from vembed.models import load_encoder
 from vembed.training.data_utils import unpack_extras
-from vembed.training.guide import Guide
+from vembed.training.guide import Guide, build_guide
 from vembed.training.run import run_training
 
 
@@ -77,6 +78,13 @@ def test_a_guided_loss_without_a_guide_says_so(records):
         )
     with pytest.raises(ConfigError, match="'cosent' has no guided"):
         build_criterion("cosent", guided=True)
+
+
+def test_a_guide_that_keeps_tokens_is_refused(tmp_path):
+    tokens = load_encoder(str(tiny_bert(tmp_path / "bert")), pooling_method="none")
+    tokens.save_pretrained(tmp_path / "tokens")
+    with pytest.raises(ConfigError, match=r"guide_model_name: .* gives a vector for each token"):
+        build_guide(TrainConfig(guide_model_name=str(tmp_path / "tokens")))
 
 
 def history(folder, **settings):
