@@ -24,7 +24,6 @@ from vembed.training.loss_files import ADAPTER_FOLDER, save_losses
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "vembed_config.json"
-LOSS_NAME = "loss.safetensors"
 STEP_FOLDER = "step-{step:06d}"
 
 
