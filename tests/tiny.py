@@ -85,6 +85,19 @@ def tiny_bert(path: str | Path, *, hidden_size: int = 32, seed: int = 0, **confi
     return _save(path, BertModel, BertConfig(**settings), tokenizer, seed)
 
 
+def tiny_cross_encoder(path: str | Path, *, labels: int = 1, seed: int = 0) -> Path:
+    """A BertForSequenceClassification: a query and a document to a score."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    tokenizer = wordpiece_tokenizer()
+    settings = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=64, num_labels=labels,
+        pad_token_id=tokenizer.pad_token_id, **_WIDE_INIT,
+    )  # fmt: skip
+    return _save(path, BertForSequenceClassification, settings, tokenizer, seed)
+
+
 def tiny_modernbert(path: str | Path, *, seed: int = 0, **config: Any) -> Path:
     """A ModernBertModel (one global, one local layer) and a WordPiece tokenizer, at `path`."""
     from transformers import ModernBertConfig, ModernBertModel

@@ -44,6 +44,9 @@ SECTIONS = {
 RUN_REQUIRES = ("model_name", "data_path")
 """Settings without a default that a whole run needs."""
 
+TEACH_REQUIRES = ("teacher_model_name", "teacher_cache", "data_path")
+"""Settings without a default that storing a teacher's embeddings needs."""
+
 PoolingMethod = Literal[
     "cls", "mean", "max", "mean_sqrt_len", "weighted_mean", "last_token", "pooler", "none"
 ]
@@ -123,6 +126,42 @@ PositiveOrAuto = Annotated[int | Literal["auto"] | None, BeforeValidator(_whole_
 CountOrAuto = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(0))]
 Hosts = Annotated[list[Annotated[str, AfterValidator(read_host)]], BeforeValidator(_one_or_more)]
 TileSize = Annotated[int | Literal["auto"], BeforeValidator(_whole_or_auto(1))]
+
+
+def _number_or_numbers(value: Any) -> Any:
+    """A whole number from 1 up, a list of them from 0 up, or null."""
+    if value is None:
+        return value
+    several, rule = isinstance(value, list), "expected a whole number of at least 1, or a list"
+    numbers = [
+        int(n) if isinstance(n, str) and n.strip().isdigit() else n
+        for n in (value if several else [value])
+    ]
+    for n in numbers:
+        if isinstance(n, bool) or not isinstance(n, int) or n < (0 if several else 1):
+            raise ValueError(f"{rule} of whole numbers, as in [0, 2, 4]")
+    return numbers if several else numbers[0]
+
+
+def _kinds(value: Any) -> Any:
+    """A name, names with weights above 0, or null."""
+    if value is None or (isinstance(value, str) and value and value[0] not in "{["):
+        return value
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected a name, or names with weights, as in {embedding: 1}")
+    weights = {}
+    for name, weight in value.items():
+        try:
+            weights[name] = float(_no_bool(weight))
+        except (TypeError, ValueError):
+            raise ValueError(f"expected a number as the weight of {name}") from None
+        if not 0 < weights[name] < float("inf"):
+            raise ValueError("expected weights above 0")
+    return weights
+
+
+DistillationKinds = Annotated[str | dict[str, float] | None, BeforeValidator(_kinds)]
+KeepLayers = Annotated[int | list[int] | None, BeforeValidator(_number_or_numbers)]
 
 
 class Setting(NamedTuple):
@@ -218,6 +257,11 @@ class TrainConfig(BaseModel):
         None,
         gt=0,
         description="Size of the vectors; a model of another size gets a linear layer to train",
+    )
+    keep_layers: KeepLayers = Field(
+        None,
+        description="Layers of the model to keep, for a smaller student: how many, evenly chosen, "
+        "or which, as in [0, 2, 4]; null: all",
     )
     freeze_towers: Towers = Field(
         default_factory=list,
@@ -338,12 +382,22 @@ class TrainConfig(BaseModel):
         None, gt=0, description="Use only this many training rows; null: all"
     )
     drop_last: bool = Field(False, description="Drop the last, smaller batch of an epoch")
+    batch_sampler: str = Field(
+        "auto",
+        description="Which rows make a batch: random, class_balanced, no_duplicates, homogeneous, "
+        "package.module:Name; auto: what the loss needs",
+    )
+    batch_sampler_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of the batch sampler, as in {samples_per_class: 4}",
+    )
 
     # --- loss
     loss_type: str = Field(
         "infonce",
-        description="infonce, sigmoid, cosent, supcon, maxsim (also called colbert), or "
-        "package.module:Name",
+        description="infonce, sigmoid, triplet, margin_mse, cosent, angle, cosine_mse, "
+        "contrastive, online_contrastive, supcon, label_triplet, arcface, normalized_softmax, "
+        "maxsim (also called colbert), or package.module:Name",
     )
     loss_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Further arguments of the loss"
@@ -364,8 +418,40 @@ class TrainConfig(BaseModel):
         "auto",
         description="Rows and columns of similarities held at once; auto: 32 MB of them",
     )
+    guide_model_name: str | None = Field(
+        None,
+        description="Frozen model that judges which candidates are too similar to be negatives; "
+        "named like model_name",
+    )
     teacher_model_name: str | None = Field(
         None, description="Model to distil from; named like model_name"
+    )
+    teacher_revision: str | None = Field(
+        None, description="Hub revision (commit, tag or branch) of the teacher"
+    )
+    teacher_dtype: TorchDtype | None = Field(
+        None, description="Type of the teacher's weights; null: torch_dtype"
+    )
+    teacher_cache: str | None = Field(
+        None,
+        description="Folder of what the teacher says, written by vembed teach and read in its "
+        "place; null: the teacher runs in every step",
+    )
+    teacher_chunk_size: Int = Field(
+        1024,
+        gt=0,
+        description="Items that vembed teach stores at a time: what an interruption costs at most",
+    )
+    distillation_loss: DistillationKinds = Field(
+        None,
+        description="similarity_kl, embedding, relational, score, or package.module:Name; or "
+        "several with weights, as in {embedding: 1, relational: 0.5}; null: similarity_kl with a "
+        "teacher, else none",
+    )
+    distillation_kwargs: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further arguments of the distillation losses by kind, as in {embedding: "
+        "{distance: mse}}",
     )
     distillation_alpha: Float = Field(
         0.5, ge=0, le=1, description="Weight of the task loss; the teacher's gets the rest"
@@ -646,9 +732,11 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_model_conflicts(config),
         *_composed_conflicts(config),
         *_lora_conflicts(config),
+        *_loss_conflicts(config),
         *_token_conflicts(config),
         *_data_conflicts(config),
         *_validation_conflicts(config),
+        *_distillation_conflicts(config),
         *_optimisation_conflicts(config),
     ]
 
@@ -708,39 +796,46 @@ def _composed_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("encoder_mode", given[0]),
             f"two models make a composed encoder, not {config.encoder_mode}. Set auto",
         )
-    for key in ("model_name", "revision", "pooling_method"):
+    for key in ("model_name", "revision", "pooling_method", "keep_layers"):
         if config[key] is not None:
             yield Problem(
                 (key, given[0]), f"is about one model, but {given[0]} names one of two. Remove it"
             )
 
 
-_POOLED_LOSSES = ("infonce", "sigmoid", "cosent", "supcon")
-_TOKEN_LOSSES = ("maxsim", "colbert")
+POOLED_LOSSES = (
+    "infonce", "sigmoid", "triplet", "margin_mse", "cosent", "angle", "cosine_mse", "contrastive",
+    "online_contrastive", "supcon", "label_triplet", "arcface", "normalized_softmax",
+)  # fmt: skip
+"""Losses by name that compare one vector for each item. They say so themselves, but need torch."""
+
+TOKEN_LOSSES = ("maxsim", "colbert")
+"""Those that compare a vector for each token."""
 
 
 def _token_conflicts(config: TrainConfig) -> Iterator[Problem]:
     """What needs one vector per item, beside settings that keep one for each token."""
     keeps = config.pooling_method == "none"
-    if keeps and config.loss_type in _POOLED_LOSSES:
+    if keeps and config.loss_type in POOLED_LOSSES:
         yield Problem(
             ("loss_type", "pooling_method"),
             f"{config.loss_type} compares one vector for each item, but pooling_method none keeps "
-            f"one for each token. Set loss_type: {_TOKEN_LOSSES[0]}",
+            f"one for each token. Set loss_type: {TOKEN_LOSSES[0]}",
         )
-    if config.pooling_method not in (None, "none") and config.loss_type in _TOKEN_LOSSES:
+    if config.pooling_method not in (None, "none") and config.loss_type in TOKEN_LOSSES:
         yield Problem(
             ("loss_type", "pooling_method"),
             f"{config.loss_type} compares a vector for each token, but pooling_method "
             f"{config.pooling_method} leaves one for each item. Set pooling_method: none",
         )
-    if not keeps and config.loss_type not in _TOKEN_LOSSES:
+    if not keeps and config.loss_type not in TOKEN_LOSSES:
         return
     for key, clashes, rule in (
         ("normalize_embeddings", config.normalize_embeddings is False,
          "MaxSim adds up cosines, so vectors of tokens have unit length. Remove it"),
-        ("teacher_model_name", config.teacher_model_name is not None,
-         "distillation compares one vector for each item, not one for each token. Remove it"),
+        *((key, config[key] is not None,
+           "distillation compares one vector for each item, not one for each token. Remove it")
+          for key in ("teacher_model_name", "distillation_loss")),
         ("encoder_mode", config.encoder_mode in ("dual", "composed"),
          f"the towers of a {config.encoder_mode} encoder meet in one vector. Use text, vision or "
          "vlm, or a pooling_method other than none with loss_type: infonce"),
@@ -768,6 +863,12 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
         )
     if not config.streaming:
         return
+    if config.batch_sampler not in ("auto", "random"):
+        yield Problem(
+            ("batch_sampler", "streaming"),
+            f"{config.batch_sampler} must know all rows, but those of a stream come one after "
+            "another. Set streaming: false, or batch_sampler: random",
+        )
     if config.max_train_samples is not None:
         yield Problem(
             ("max_train_samples", "streaming"),
@@ -801,12 +902,52 @@ def _validation_conflicts(config: TrainConfig) -> Iterator[Problem]:
             )
 
 
+def _distillation_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    kinds = config.distillation_loss
+    names = [kinds] if isinstance(kinds, str) else list(kinds or {})
+    for name, arguments in config.distillation_kwargs.items():
+        if "temperature" in arguments:
+            yield Problem(
+                ("distillation_kwargs",),
+                f"{name}: temperature is a setting of its own. Set distillation_temperature",
+            )
+    if config.teacher_model_name is not None:
+        return
+    for key in ("teacher_revision", "teacher_dtype", "teacher_cache"):
+        if config[key] is not None:
+            yield Problem(
+                (key, "teacher_model_name"), "has no use without a teacher. Set teacher_model_name"
+            )
+    if lacking := [name for name in names if name in ("similarity_kl", "embedding", "relational")]:
+        yield Problem(
+            ("distillation_loss", "teacher_model_name"),
+            f"{', '.join(lacking)} needs a teacher's embeddings. Set teacher_model_name, or take "
+            "score, which can do with teacher_scores in the rows",
+        )
+    if config.distillation_kwargs and not names:
+        yield Problem(
+            ("distillation_kwargs", "teacher_model_name"),
+            "has no use without distillation. Set teacher_model_name",
+        )
+
+
 _LOSS_SETTINGS = {
     "temperature": "temperature",
     "learn_temperature": "learn_temperature",
     "bidirectional": "loss_bidirectional",
     "tile_size": "loss_tile_size",
+    "guided": "guide_model_name",
 }
+_LOSS_FACTS = {"num_classes": "the labels of the data", "embedding_dim": "the model"}
+
+
+def _loss_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    for key, setting in _LOSS_SETTINGS.items():
+        if key in config.loss_kwargs:
+            yield Problem(("loss_kwargs",), f"{key} is a setting of its own. Set {setting}")
+    for key, source in _LOSS_FACTS.items():
+        if key in config.loss_kwargs:
+            yield Problem(("loss_kwargs",), f"{key} is taken from {source}. Remove it")
 
 
 def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
@@ -824,9 +965,6 @@ def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
                 f"{pattern} would never be trained: it is frozen for {step} steps, "
                 f"but max_steps is {steps}",
             )
-    for key, setting in _LOSS_SETTINGS.items():
-        if key in config.loss_kwargs:
-            yield Problem(("loss_kwargs",), f"{key} is a setting of its own. Set {setting}")
     if config.mixed_precision == "fp16" and config.device == "cpu":
         yield Problem(
             ("mixed_precision", "device"),

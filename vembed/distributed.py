@@ -126,6 +126,22 @@ def global_mean(values: Tensor) -> Tensor:
     return values.sum() * (process_count() / rows)
 
 
+def global_ratio(total: Tensor, count: Tensor | int) -> Tensor:
+    """A mean over things that processes have unequally many of, to be averaged over processes.
+
+    Collective: every process must call it.
+
+    Args:
+        total: Scalar, the sum over those of this process.
+        count: How many they are, without gradient; 0 on every process gives 0, with a graph.
+
+    Returns:
+        A scalar whose mean over processes is the sum of the totals over the sum of the counts.
+    """
+    counts = torch.as_tensor(count, dtype=total.dtype, device=total.device)
+    return total * (process_count() / all_reduce_sum(counts).clamp(min=1))
+
+
 def all_reduce_mean(value: Tensor) -> Tensor:
     """Mean of `value` over processes, without gradient. Collective: every process must call it."""
     return all_reduce_sum(value) / process_count()

@@ -66,7 +66,7 @@ def test_a_wrong_config_as_the_user_sees_it(vembed, tmp_path):
         "vembed: 4 problems in the configuration:\n"
         "  --use_lorra: unknown setting (did you mean 'use_lora' or 'use_rslora'?)\n"
         "  bad.yaml:2: lr: expected a number. Received: 'fast'\n"
-        "  bad.yaml:3: batchsize: unknown setting (did you mean 'batch_size'?)\n"
+        "  bad.yaml:3: batchsize: unknown setting (did you mean 'batch_size' or 'batch_sampler'?)\n"
         "  --epochs: must be above 0. Received: '0'\n"
     )
 

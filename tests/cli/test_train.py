@@ -83,3 +83,12 @@ def test_accelerate_launch_that_starts_one_process_for_two_is_refused(shell, tmp
     assert done.stderr.count("vembed: 2 processes were asked for (accelerate launch --num_pro") == 1
     assert "but 1 process runs" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_the_rows_do_not_fit(vembed, tmp_path, config_file):
+    done = vembed("train", "--config", config_file, "--loss_type", "arcface")
+    assert done.returncode == 2
+    assert "ArcFace needs label in every row" in done.stderr
+    assert "Losses that fit these rows: infonce, sigmoid, triplet" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -9,15 +9,17 @@ import pytest
 
 from tests.numerics.test_gradient_parity import (
     DISTINCT,
+    EVERY_KIND,
     FAMILIES,
     failures,
     fitting,
     rows_for,
     towers,
 )
-from tests.tiny import PAIRS, write_rows
+from tests.tiny import PAIRS, tiny_bert, write_rows
 from vembed.config import TrainConfig
 from vembed.training import gradient_cache, trainer
+from vembed.training.teaching.teach import teach
 from vembed.training.verification.cases import (
     ACCUMULATION,
     AS_CONFIGURED,
@@ -56,7 +58,15 @@ def verify(pair, tmp_path, request):
 
 
 @pytest.mark.parametrize("loss", DISTINCT)
-def test_every_loss_under_every_condition(verify, loss):
+def test_every_loss(verify, loss):
+    verification = verify(AS_CONFIGURED, UNEVEN, loss=loss)
+    assert not failures(verification)
+    assert not any(g.is_zero for r in verification.results for g in r.groups.values())
+
+
+# One of each kind: tiles and ids, all pairs, labels, a part of its own that is trained, tokens.
+@pytest.mark.parametrize("loss", ["infonce", "cosent", "supcon", "arcface", "maxsim"])
+def test_kinds_of_losses_under_every_condition(verify, loss):
     verification = verify(*VARIATIONS, loss=loss)
     assert not failures(verification)
     assert len(verification.results) == 4 * len(VARIATIONS)
@@ -66,6 +76,23 @@ def test_every_loss_under_every_condition(verify, loss):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_encoder_family(verify, family):
     assert not failures(verify(AS_CONFIGURED, DROPOUT, UNEVEN, family=family))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_every_kind_of_distillation(verify, tmp_path, stored):
+    """From a teacher of another size, whose projection is trained."""
+    teacher = {
+        "teacher_model_name": str(tiny_bert(tmp_path / "teacher", hidden_size=16, seed=5)),
+        "teacher_cache": str(tmp_path / "cache") if stored else None,
+    }
+    if stored:
+        path = write_rows(tmp_path / "rows.jsonl", rows_for("infonce"))
+        teach({**teacher, "data_path": str(path), "device": "cpu"})
+    settings = {"distillation_loss": EVERY_KIND, "distillation_alpha": 0.3}
+    verification = verify(AS_CONFIGURED, ACCUMULATION, DROPOUT, UNEVEN, **teacher, **settings)
+    assert not failures(verification)
+    groups = [r.groups["distillation.losses.1.projection"] for r in verification.results]
+    assert not any(group.is_zero for group in groups)
 
 
 def test_float32(verify):

@@ -21,8 +21,8 @@ from tests.unit.losses.conformance import (
 from tests.unit.losses.references import reference_similarity_kl
 from vembed import distributed
 from vembed.distributed import process_index
-from vembed.losses import build_criterion
-from vembed.losses.distillation import SimilarityKL
+from vembed.losses import LOSSES, build_criterion
+from vembed.losses.distillation.similarity import SimilarityKL
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -33,12 +33,24 @@ def test_processes_equal_one_big_batch(case):
         check_processes(case, split)
 
 
-@pytest.mark.parametrize("name", ["infonce-bidirectional", "infonce-margins", "sigmoid-margins"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "infonce-bidirectional",
+        "infonce-margins",
+        "infonce-guided",
+        "infonce-own",
+        "sigmoid-margins",
+        "triplet-all",
+        "arcface",
+        "online_contrastive",
+    ],
+)
 def test_three_processes_one_of_them_without_queries(name):
     check_processes(CASES[name], ((0, 2, 4), (), (1, 3, 5)))
 
 
-@every_case
+@pytest.mark.parametrize("case", [CASES[name] for name in LOSSES], ids=LOSSES)
 @pytest.mark.parametrize("sabotage", ["no gather", "times W", "divided by W"])
 def test_a_mistake_in_the_scale_or_the_gather_is_noticed(case, sabotage):
     assert distance_of_processes(case, case.splits[2], sabotage) > 1e-3

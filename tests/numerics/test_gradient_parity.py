@@ -8,12 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny import PAIRS, write_rows
+from tests.tiny import PAIRS, tiny_bert, write_rows
 from tests.unit.models.families import family_path, pictures, rows_in
 from vembed.config import TrainConfig
 from vembed.losses import LOSSES
 from vembed.models import ENCODERS
+from vembed.registry import resolve
 from vembed.training import gradient_cache
+from vembed.training.teaching.teach import teach
 from vembed.training.trainer import Trainer
 from vembed.training.verification import gradients as harness
 from vembed.training.verification.cases import (
@@ -47,9 +49,6 @@ OF_IMAGES = {
 DISTINCT = {target: name for name, target in LOSSES.items()}.values()
 """A name for each loss of the table."""
 
-POOLED = [name for name in DISTINCT if not LOSSES[name].endswith(":MaxSimInfoNCE")]
-"""Those that compare one vector for each item, which every encoder can give."""
-
 ALONE = Scope(processes=1, precision="float64", pairs=8)
 
 # Embeddings that draw other masks differ by this much at least; a rounding error by 1e-12 at most.
@@ -58,10 +57,16 @@ VISIBLE = 0.1
 
 def rows_for(loss: str) -> list[dict]:
     """Rows that the loss can use; a third of the pairs has hard negatives, two share a positive."""
-    if loss == "supcon":
+    required = resolve("loss_type", loss, LOSSES).required_fields
+    if "label" in required:
         return [{"text": pair["query"], "label": i % 5} for i, pair in enumerate(PAIRS)]
-    if loss == "cosent":
+    if "score" in required:
         return [{**pair, "score": i * 7 % 5 / 4} for i, pair in enumerate(PAIRS)]
+    if "teacher_scores" in required:
+        return [
+            {**pair, "negatives": ["the sun is cold"], "teacher_scores": [4.0, i % 5]}
+            for i, pair in enumerate(PAIRS)
+        ]
     rows = [dict(pair) for pair in PAIRS]
     for number in range(0, len(rows), 3):
         rows[number]["negatives"] = [PAIRS[(number + 5) % len(rows)]["positive"], "the sun is cold"]
@@ -96,17 +101,24 @@ def failures(verification) -> list[str]:
     return [f"{s.case.name}: {s.text} ({s.setting})" for s in verification.suspicions]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("loss", DISTINCT)
-def test_every_loss_with_every_encoder_family(make_config, loss, family):
+@pytest.mark.parametrize(
+    ("loss", "family"),
+    [
+        *((loss, "bert") for loss in DISTINCT),
+        ("infonce", "modernbert"),
+        ("supcon", "qwen3"),
+        ("maxsim", "qwen3"),
+    ],
+)
+def test_every_loss_and_every_encoder_family(make_config, loss, family):
     verification = verify(make_config(family, loss), AS_CONFIGURED, DROPOUT)
     assert not failures(verification)
     assert not any(g.is_zero for r in verification.results for g in r.groups.values())
 
 
 @pytest.mark.parametrize("family", OF_IMAGES)
-@pytest.mark.parametrize("loss", [loss for loss in POOLED if loss != "supcon"])
-def test_every_loss_of_pairs_with_images(tmp_path, loss, family):
+@pytest.mark.parametrize("loss", ["infonce", "sigmoid", "cosent"])
+def test_losses_of_pairs_with_images(tmp_path, loss, family):
     _, mode = OF_IMAGES[family]
     config = TrainConfig(
         model_name=str(family_path(family)),
@@ -119,6 +131,18 @@ def test_every_loss_of_pairs_with_images(tmp_path, loss, family):
         verification = verify(config, AS_CONFIGURED, scope=Scope(1, "float64", 4))
     assert not failures(verification)
     assert not any(g.is_zero for r in verification.results for g in r.groups.values())
+
+
+@pytest.mark.parametrize(
+    ("loss", "arguments"),
+    [
+        ("infonce", {"query_negatives": True, "hard_negatives": "own", "hardness": 3.0}),
+        ("maxsim", {"hard_negatives": "own", "hardness": 3.0}),
+    ],
+)
+def test_a_guided_loss(make_config, tiny_qwen3_path, loss, arguments):
+    config = make_config(loss=loss, guide_model_name=str(tiny_qwen3_path), loss_kwargs=arguments)
+    assert not failures(verify(config, AS_CONFIGURED, DROPOUT))
 
 
 def test_every_kind_of_encoder_has_a_family_here():
@@ -159,6 +183,26 @@ def test_distillation(make_config, tiny_qwen3_path):
     assert not failures(verification)
     # The teacher pads on the left and turns its positions in float32: cutting rows shows in 1e-8.
     assert {r.reference for r in verification.results} == {"replayed"}
+
+
+EVERY_KIND = {"similarity_kl": 1, "embedding": 0.5, "relational": 0.5, "score": 0.5}
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_every_kind_of_distillation(make_config, tmp_path, stored):
+    """From a teacher of another size, whose projection is trained."""
+    teacher = {
+        "teacher_model_name": str(tiny_bert(tmp_path / "teacher", hidden_size=16, seed=5)),
+        "teacher_cache": str(tmp_path / "cache") if stored else None,
+    }
+    config = make_config(**teacher, distillation_loss=EVERY_KIND, distillation_alpha=0.3)
+    if stored:
+        teach({**teacher, "data_path": config.data_path, "device": "cpu"})
+    verification = verify(config, AS_CONFIGURED, ACCUMULATION, DROPOUT, LORA)
+    assert not failures(verification)
+    projections = [r.groups["distillation.losses.1.projection"] for r in verification.results]
+    assert projections
+    assert not any(group.is_zero for group in projections)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 3])

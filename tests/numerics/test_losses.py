@@ -9,8 +9,11 @@ from functools import partial
 import pytest
 import torch
 from sentence_transformers.sentence_transformer import losses as st_losses
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedTokenizerFast
 
 from tests.unit.losses.conformance import (
     CASES,
@@ -25,8 +28,9 @@ from tests.unit.losses.conformance import (
     make_rich,
 )
 from tests.unit.losses.references import reference_info_nce, reference_similarity_kl
-from vembed.losses import build_criterion, distillation
-from vembed.losses.distillation import SimilarityKL
+from vembed.losses import build_criterion, triplet
+from vembed.losses.distillation import similarity as distillation
+from vembed.losses.distillation.similarity import SimilarityKL
 from vembed.losses.margins import Margins
 
 MASKED = ("infonce", "infonce-bidirectional", "sigmoid")
@@ -271,12 +275,26 @@ def _many_rows(count, **extras):
         ("infonce", {}, _many_rows(600, ids_positive=torch.arange(600) % 2)),
         ("sigmoid", {}, _many_rows(600, ids_query=torch.zeros(600, dtype=torch.int64))),
         ("supcon", {}, _many_rows(600, labels=torch.arange(600) % 7)),
+        (
+            "infonce",
+            {"query_negatives": True, "document_negatives": True, "hardness": 9.0},
+            _many_rows(600),
+        ),
+        (
+            "infonce",
+            {"guided": True, "query_negatives": True},
+            _many_rows(600, guide_query=torch.randn(600, 3), guide_positive=torch.randn(600, 3)),
+        ),
+        ("normalized_softmax", {"num_classes": 600}, _many_rows(600, labels=torch.arange(600))),
+        ("angle", None, _many_rows(600, scores=torch.rand(600))),
+        ("online_contrastive", None, _many_rows(600, scores=torch.rand(600))),
         ("cosent", None, _many_rows(600, scores=torch.rand(600))),
     ],
 )
 def test_no_tensor_is_as_large_as_the_batch_squared(loss_type, kwargs, batch):
     """Forward and backward; a tile of 64 x 64 and rows x size are the largest there may be."""
     kwargs = {} if kwargs is None else kwargs | {"tile_size": 64}
+    kwargs |= {"embedding_dim": 4} if "num_classes" in kwargs else {}
     assert _largest(build_criterion(loss_type, **kwargs), batch) <= 64 * 64
     if kwargs:
         dense = build_criterion(loss_type, **kwargs | {"tile_size": 600})
@@ -336,6 +354,274 @@ def test_cosent_is_that_of_sentence_transformers():
     theirs = _st_loss(st_losses.CoSENTLoss, rows.values(), scores, scale=20.0)
     criterion = build_criterion("cosent", temperature=0.05)
     _agrees(evaluate(criterion, rows | {"scores": scores}), theirs, rows)
+
+
+EXTRA = {"query_negatives": True, "document_negatives": True}
+
+
+def _gte(rows, *directions):
+    return _st_loss(
+        st_losses.MultipleNegativesRankingLoss,
+        rows.values(),
+        scale=20.0,
+        directions=("query_to_doc", "query_to_query", "doc_to_doc", *directions),
+    )
+
+
+def test_extra_negatives_are_those_of_sentence_transformers():
+    rows = make_pairs(0)
+    _agrees(evaluate(build_criterion("infonce", **EXTRA), rows), _gte(rows), rows)
+
+
+def test_a_joint_sum_is_that_of_sentence_transformers_with_the_positive_once():
+    """Of one pair, theirs is log 2 whatever the similarity; of two, ours is theirs less that."""
+    pair = {role: rows[:1] for role, rows in make_pairs(0).items()}
+    theirs, _ = _gte(pair, "doc_to_query")
+    assert abs(theirs - math.log(2)) < 1e-6
+    criterion = build_criterion("infonce", bidirectional=True, joint=True, **EXTRA)
+    assert evaluate(criterion, pair).loss == 0
+    # Two pairs that are mirror images, so that the mean is each row's own.
+    rows = {"query": _unit(0, 90), "positive": _unit(30, 60)}
+    theirs, _ = _gte(rows, "doc_to_query")
+    once = torch.log(torch.exp(theirs) - 1)
+    assert abs(evaluate(criterion, rows).loss - once) < 1e-6
+
+
+def test_hardness_is_that_of_sentence_transformers():
+    rows, negative = make_pairs(0), torch.randn(6, 5, dtype=torch.float64)
+    theirs = _st_loss(
+        st_losses.MultipleNegativesRankingLoss,
+        [*rows.values(), negative],
+        scale=20.0,
+        hardness_mode="all_negatives",
+        hardness_strength=9.0,
+    )
+    rows |= {"negative": negative}
+    _agrees(evaluate(build_criterion("infonce", hardness=9.0), rows), theirs, rows)
+
+
+@pytest.mark.parametrize("margin", [{"absolute_margin": 0.1}, {"relative_margin": 0.2}])
+@pytest.mark.parametrize("contrast", [True, False])
+def test_guided_infonce_is_gist_embed(margin, contrast):
+    rows = make_pairs(0) | {"negative": torch.randn(6, 5, dtype=torch.float64)}
+    guide = {role: torch.randn(6, 3, dtype=torch.float64) for role in rows}
+    ((strategy, size),) = margin.items()
+    theirs = _st_loss_of_two(
+        st_losses.GISTEmbedLoss,
+        rows.values(),
+        guide.values(),
+        temperature=0.05,
+        margin_strategy=strategy.removesuffix("_margin"),
+        margin=size,
+        contrast_anchors=contrast,
+        contrast_positives=contrast,
+    )
+    batch = rows | {f"guide_{role}": of_role for role, of_role in guide.items()}
+    extra = {"query_negatives": contrast, "document_negatives": contrast}
+    guided, plain = (
+        build_criterion("infonce", guided=guided, **margin, **extra) for guided in (True, False)
+    )
+    _agrees(evaluate(guided, batch), theirs, rows)
+    # The model's own similarities judge otherwise.
+    assert abs(evaluate(plain, rows).loss - theirs[0]) > 1e-3
+
+
+def _st_loss_of_two(loss_class, columns, guide_columns, **kwargs):
+    """A loss that asks two models for embeddings."""
+    leaves = [column.clone().requires_grad_() for column in columns]
+    model, guide = _Columns(leaves), _Columns(list(guide_columns))
+    features = [{"input_ids": torch.tensor(number)} for number in range(len(leaves))]
+    loss = loss_class(model, guide, **kwargs)(features, None)
+    return loss, torch.autograd.grad(loss, leaves)
+
+
+class _Columns(nn.Module):
+    """A model of sentence-transformers' kind that knows the embeddings of each column."""
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
+    max_seq_length = 8
+
+    def __init__(self, columns):
+        super().__init__()
+        self.columns = columns
+
+    def __getitem__(self, number):
+        return self
+
+    def forward(self, features):
+        return {"sentence_embedding": self.columns[int(features["input_ids"])]}
+
+
+GRADES = torch.tensor([0.1, 0.9, 0.5, 0.9, 0.0, 1.0])
+SIMILAR = torch.tensor([0, 1, 1, 0, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "loss_class", "scores", "theirs"),
+    [
+        ("angle", st_losses.AnglELoss, GRADES, {"scale": 20.0}),
+        ("cosine_mse", st_losses.CosineSimilarityLoss, GRADES, {}),
+        ("contrastive", st_losses.ContrastiveLoss, SIMILAR, {"margin": 0.5}),
+    ],
+)
+def test_losses_of_scored_pairs_are_those_of_sentence_transformers(
+    loss_type, loss_class, scores, theirs
+):
+    rows = make_pairs(0)
+    outcome = evaluate(build_criterion(loss_type), rows | {"scores": scores})
+    _agrees(outcome, _st_loss(loss_class, rows.values(), scores, **theirs), rows)
+
+
+def test_online_contrastive_adds_up_the_mean_in_sentence_transformers():
+    rows = make_pairs(0)
+    outcome = evaluate(build_criterion("online_contrastive"), rows | {"scores": SIMILAR})
+    loss, grads = _st_loss(st_losses.OnlineContrastiveLoss, rows.values(), SIMILAR, margin=0.5)
+    counted = round(float(loss.detach() / outcome.loss))
+    assert counted > 1
+    _agrees(outcome, (loss / counted, [grad / counted for grad in grads]), rows)
+
+
+def test_own_triplets_are_those_of_sentence_transformers():
+    rows = make_pairs(0) | {"negative": torch.randn(6, 5, dtype=torch.float64)}
+    theirs = _st_loss(
+        st_losses.TripletLoss,
+        rows.values(),
+        distance_metric=st_losses.TripletDistanceMetric.COSINE,
+        triplet_margin=0.5,
+    )
+    criterion = build_criterion("triplet", triplets="own", margin=0.5)
+    _agrees(evaluate(criterion, rows), theirs, rows)
+
+
+@pytest.mark.parametrize(
+    ("triplets", "loss_class"),
+    [
+        ("all", st_losses.BatchAllTripletLoss),
+        ("hard", st_losses.BatchHardTripletLoss),
+        ("semi_hard", st_losses.BatchSemiHardTripletLoss),
+    ],
+)
+def test_triplets_of_labels_are_those_of_sentence_transformers(triplets, loss_class):
+    rows, labels = {"query": make_pairs(0)["query"]}, torch.tensor([7, 3, 7, 3, 3, 7])
+    cosine = st_losses.BatchHardTripletLossDistanceFunction.cosine_distance
+    theirs = _st_loss(loss_class, rows.values(), labels, distance_metric=cosine, margin=0.5)
+    criterion = build_criterion("label_triplet", triplets=triplets, margin=0.5)
+    _agrees(evaluate(criterion, rows | {"labels": labels}), theirs, rows)
+
+
+@pytest.mark.parametrize("negatives", [1, 3])
+def test_margin_mse_is_that_of_sentence_transformers(negatives):
+    rows, columns = make_pairs(0), torch.randn(negatives, 6, 5, dtype=torch.float64)
+    scores = torch.randn(6, 1 + negatives, dtype=torch.float64)
+    loss, grads = _st_loss(st_losses.MarginMSELoss, [*rows.values(), *columns], scores)
+    batch = rows | {"negative": columns.transpose(0, 1).reshape(-1, 5), "teacher_scores": scores}
+    _agrees(evaluate(build_criterion("margin_mse"), batch), (loss, grads[:2]), rows)
+
+
+# --- definitions that a reference alone could share a mistake with
+
+
+def test_hardness_without_gradient_of_the_weights():
+    """The weights are constants: the gradient is that of a sum with them written out."""
+    rows = make_pairs(0)
+    leaves = {role: of_role.clone().requires_grad_() for role, of_role in rows.items()}
+    unit = [nn.functional.normalize(of_role, dim=1) for of_role in leaves.values()]
+    cosine = unit[0] @ unit[1].T
+    weights = torch.exp(9.0 * cosine.detach()).fill_diagonal_(1)
+    loss = -(20 * cosine.diagonal() - (weights * torch.exp(20 * cosine)).sum(1).log()).mean()
+    grads = torch.autograd.grad(loss, leaves.values())
+    outcome = evaluate(build_criterion("infonce", hardness=9.0), rows)
+    _agrees(outcome, (loss, grads), rows)
+    assert abs(evaluate(build_criterion("infonce"), rows).loss - loss) > 1e-3
+
+
+def test_an_own_hard_negative_that_another_row_pairs_with_the_query_is_none():
+    """Rows 0 and 1 are the same query; the hard negative of row 0 is the positive of row 1."""
+    batch = make_pairs(0) | {
+        "negative": make_pairs(0)["positive"][[1]],
+        "counts_negative": torch.tensor([1, 0, 0, 0, 0, 0]),
+        "ids_query": torch.tensor([7, 7, 2, 3, 4, 5]),
+        "ids_positive": torch.tensor([10, 11, 12, 13, 14, 15]),
+        "ids_negative": torch.tensor([11]),
+    }
+    case = replace(CASES["infonce-own"], make_batch=lambda seed: batch)
+    assert distance_to_reference(case, batch) <= EXACT
+    other = batch | {"ids_negative": torch.tensor([20])}
+    masked, counted = (
+        evaluate(build_criterion("infonce", hard_negatives="own"), rows) for rows in (batch, other)
+    )
+    assert (masked.grads["negative"] == 0).all()
+    assert masked.loss < counted.loss
+
+
+def test_a_guide_of_the_same_vectors_judges_as_the_model_itself():
+    rows = make_rich(0)
+    batch = rows | {f"guide_{role}": rows[role] for role in EMBEDDINGS}
+    kwargs = {"absolute_margin": 0.2, "bidirectional": True, "query_negatives": True}
+    own, guided = (
+        evaluate(build_criterion("infonce", guided=guided, **kwargs), batch)
+        for guided in (False, True)
+    )
+    assert own.distance(guided) <= EXACT
+
+
+def test_a_margin_below_zero_similarity_is_safe():
+    """With positives of negative similarity, a relative margin still leaves out more, not less."""
+    batch = {"query": _unit(0), "positive": _unit(120), "negative": _unit(122)}
+    guide = {f"guide_{role}": rows for role, rows in batch.items()}
+    losses = [
+        evaluate(
+            build_criterion("infonce", guided=True, relative_margin=margin), batch | guide
+        ).loss
+        for margin in (0.0, 0.5)
+    ]
+    assert losses[0] > 0
+    assert losses[1] == 0
+
+
+def test_queries_that_share_a_document_are_not_told_apart():
+    rows = make_pairs(0) | {"ids_positive": torch.tensor([1, 1, 2, 3, 4, 5])}
+    rows["positive"][1] = rows["positive"][0]
+    apart = rows | {"ids_positive": torch.tensor([1, 6, 2, 3, 4, 5])}
+    criterion = build_criterion("infonce", query_negatives=True, document_negatives=True)
+    assert abs(evaluate(criterion, rows).loss - evaluate(criterion, apart).loss) > 1e-3
+
+
+@pytest.mark.parametrize("triplets", ["all", "hard", "semi_hard"])
+def test_triplets_in_blocks(monkeypatch, triplets):
+    case = CASES["triplet"]
+    batch = case.make_batch(0)
+    whole = evaluate(build_criterion("triplet", triplets=triplets), batch)
+    monkeypatch.setattr(triplet, "TILE_BYTES", 8 * 15 * 2)  # two queries of fifteen documents
+    heights = []
+    kinds = triplet._kinds
+    monkeypatch.setattr(
+        triplet, "_kinds", lambda *args: heights.append(len(kinds(*args))) or kinds(*args)
+    )
+    assert evaluate(build_criterion("triplet", triplets=triplets), batch).distance(whole) <= EXACT
+    assert heights == [2, 2, 2]
+
+
+def test_arcface_without_a_margin_is_normalized_softmax():
+    losses = []
+    for loss_type, kwargs in (("arcface", {"margin": 0.0}), ("normalized_softmax", {})):
+        torch.manual_seed(0)
+        criterion = build_criterion(loss_type, num_classes=8, embedding_dim=5, **kwargs)
+        losses.append(evaluate(criterion.double(), make_labelled(0)).loss)
+    assert losses[0] == losses[1]
+
+
+def test_arcface_grows_with_the_angle_past_pi():
+    """Where cos(a + margin) would rise again, the loss must not fall."""
+    criterion = build_criterion(
+        "arcface", temperature=1.0, margin=1.0, num_classes=2, embedding_dim=2
+    ).double()
+    criterion.proxies.data = _unit(0, 90)
+    losses = [
+        evaluate(criterion, {"query": _unit(angle), "labels": torch.tensor([0])}).loss
+        for angle in range(-180, -90, 5)
+    ]
+    assert all(farther > nearer for farther, nearer in zip(losses, losses[1:], strict=False))
 
 
 # --- distillation

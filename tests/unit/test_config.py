@@ -72,7 +72,10 @@ def problems_of(**settings) -> list[str]:
             "report_to[1]: expected one of wandb, tensorboard, swanlab "
             "(did you mean 'tensorboard'?). Received: 'tensorbord'",
         ),
-        ({"batchsize": 3}, "batchsize: unknown setting (did you mean 'batch_size'?)"),
+        (
+            {"batchsize": 3},
+            "batchsize: unknown setting (did you mean 'batch_size' or 'batch_sampler'?)",
+        ),
         ({"zzz": 3}, "zzz: unknown setting"),
         ({"data_path": 3}, "data_path: expected text or a list, as in [a, b]. Received: 3"),
         (
@@ -235,9 +238,11 @@ CONFLICTS = [
     ),
     ({"pooling_method": "none"}, "loss_type: infonce compares one vector for each item"),
     ({"pooling_method": "none", "loss_type": "cosent"}, "loss_type: cosent compares one vector"),
+    ({"pooling_method": "none", "loss_type": "arcface"}, "loss_type: arcface compares one vector"),
     ({"pooling_method": "cls", "loss_type": "colbert"}, "loss_type: colbert compares a vector for"),
     ({"loss_type": "maxsim", "normalize_embeddings": False}, "normalize_embeddings: MaxSim adds"),
     ({"loss_type": "maxsim", "teacher_model_name": "x"}, "teacher_model_name: distillation comp"),
+    ({"loss_type": "maxsim", "distillation_loss": "score"}, "distillation_loss: distillation comp"),
     ({"loss_type": "maxsim", "encoder_mode": "dual"}, "encoder_mode: the towers of a dual encod"),
     (
         {"ddp_static_graph": True, "use_gradient_cache": True},

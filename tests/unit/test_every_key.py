@@ -22,9 +22,10 @@ from vembed.errors import ConfigError, DistributedError, VembedError
 from vembed.losses import tiling
 from vembed.models import load_encoder
 from vembed.training.launch_check import check_process_count
-from vembed.training.model_builder import build_model
+from vembed.training.model_builder import build_model, build_teacher_model
 from vembed.training.optimizer_builder import resolve_tracker
 from vembed.training.run import run_training
+from vembed.training.teaching.teach import teach
 from vembed.training.trainer import Trainer
 
 # A run on captions and pictures, with the tests' own encoder, which cannot be loaded again.
@@ -46,6 +47,7 @@ CHANGES = {
     "pooling_method": ("cls", {}),
     "normalize_embeddings": (False, {}),
     "projection_dim": (8, {}),
+    "keep_layers": (1, {}),
     "freeze_towers": (["text"], {}),
     "max_seq_length": (5, {}),
     "query_prompt": ("old ", {}),
@@ -77,12 +79,25 @@ CHANGES = {
     "shuffle_buffer_size": (1, {"streaming": True, "holdout_ratio": 0}),
     "max_train_samples": (6, {}),
     "drop_last": (True, {"max_steps": None, "epochs": 1, "batch_size": 15}),
+    "batch_sampler": ("no_duplicates", {"data_path": "<repeated pairs>"}),
+    "batch_sampler_kwargs": (
+        {"samples_per_class": 2},
+        {"data_path": "<labelled>", "loss_type": "supcon", "holdout_ratio": 0, "batch_size": 8},
+    ),
     "loss_type": ("supcon", {}),
     "loss_kwargs": ({"nonsense": 1}, {}),
     "temperature": (1.0, {}),
     "learn_temperature": (True, {}),
     "loss_bidirectional": (True, {}),
+    "guide_model_name": ("<other model>", {}),
     "teacher_model_name": ("<other model>", {}),
+    "teacher_dtype": ("bfloat16", {"teacher_model_name": "<other model>"}),
+    "teacher_cache": ("nothing there", {"teacher_model_name": "<other model>"}),
+    "distillation_loss": ("embedding", {"teacher_model_name": "<other model>"}),
+    "distillation_kwargs": (
+        {"embedding": {"distance": "mse"}},
+        {"teacher_model_name": "<other model>", "distillation_loss": "embedding"},
+    ),
     "distillation_alpha": (0.1, {"teacher_model_name": "<other model>"}),
     "distillation_temperature": (1.0, {"teacher_model_name": "<other model>"}),
     "epochs": (1, {"max_steps": None}),
@@ -157,6 +172,9 @@ def places(tmp_path_factory, tiny_st_path, pairs_path, beir_path):
     write_rows(folder / "damaged.jsonl", damaged)
     write_rows(folder / "urls.jsonl", [{"query": "a", "positive": "http://other.org/a.png"}])
     write_rows(folder / "bad.jsonl", [*rows, {"query": ""}])
+    write_rows(folder / "repeated.jsonl", [*rows, *({**r, "query": r["positive"]} for r in rows)])
+    labelled = [{"text": row["query"], "label": n % 4} for n, row in enumerate(rows)]
+    write_rows(folder / "labelled.jsonl", labelled)
     return {
         "<model>": str(tiny_st_path),
         "<other model>": str(other),
@@ -169,6 +187,8 @@ def places(tmp_path_factory, tiny_st_path, pairs_path, beir_path):
         "<damaged>": str(folder / "damaged.jsonl"),
         "<urls>": str(folder / "urls.jsonl"),
         "<bad row>": str(folder / "bad.jsonl"),
+        "<repeated pairs>": str(folder / "repeated.jsonl"),
+        "<labelled>": str(folder / "labelled.jsonl"),
     }
 
 
@@ -263,6 +283,24 @@ class TestWhatOnlyChangesHowARunComputes:
         assert "abc123" in messages[1]
         assert messages[0] != messages[1]
 
+    def test_teacher_revision(self):
+        messages = []
+        for revision in (None, "abc123"):
+            with pytest.raises(VembedError) as caught:
+                build_teacher_model(
+                    {"teacher_model_name": "owner/name", "teacher_revision": revision}
+                )
+            messages.append(str(caught.value))
+        assert "abc123" in messages[1]
+        assert messages[0] != messages[1]
+
+    def test_teacher_chunk_size(self, resolve, tmp_path):
+        settings = resolve({"teacher_model_name": "<model>", "data_path": "<pairs>"})
+        for size, parts in ((1000, 1), (10, 5)):
+            folder = tmp_path / str(size)
+            teach({**settings, "teacher_cache": str(folder), "teacher_chunk_size": size})
+            assert len(list(folder.glob("*.keys.npy"))) == parts
+
     def test_num_workers(self, observed, monkeypatch):
         counts = []
         build = torch.utils.data.DataLoader.__init__
@@ -309,8 +347,8 @@ class TestWhatOnlyChangesHowARunComputes:
             assert observed(loss_tile_size=size)["error"] is None
             # The report of the first step has tiles of its own, which are always auto.
             assert {found for asked, found in shapes if asked == size} == {shape}
-        refused = observed(loss_tile_size=3, loss_type="cosent")["error"]
-        assert "'cosent' has no tile_size" in refused
+        refused = observed(loss_tile_size=3, loss_type="triplet")["error"]
+        assert "'triplet' has no tile_size" in refused
 
     def test_adapter_path(self, observed, tmp_path):
         first = observed(use_lora=True)

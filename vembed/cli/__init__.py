@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("vembed.cli.train", "fine-tune a model: settings from a YAML file and flags"),
     "evaluate": ("vembed.cli.evaluate", "measure a model on a test set"),
     "encode": ("vembed.cli.encode", "turn the rows of a file into vectors (.npy)"),
+    "teach": ("vembed.cli.teach", "store what a teacher says about the training rows"),
     "check": ("vembed.cli.check", "check settings and all data without training"),
     "verify": ("vembed.cli.verify", "prove that gradients are exact, for your own settings"),
     "quickstart": ("vembed.quickstart", "the main job in minutes, on its own data: text or images"),

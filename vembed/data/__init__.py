@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vembed.data.batch_plans import BATCH_SAMPLERS, BatchPlan, build_batch_plan
     from vembed.data.checking import OnProgress
     from vembed.data.collator import Batch, Collator, Processor
     from vembed.data.dataset import (
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 # Resolved on first use: importing this package must not pay for torch and datasets.
 _LAZY = {
+    "BATCH_SAMPLERS": "batch_plans",
+    "BatchPlan": "batch_plans",
+    "build_batch_plan": "batch_plans",
     "Batch": "collator",
     "Collator": "collator",
     "Processor": "collator",
@@ -59,10 +63,12 @@ _LAZY = {
 }
 
 __all__ = [
+    "BATCH_SAMPLERS",
     "BORROWED",
     "FIELDS",
     "BadRecord",
     "Batch",
+    "BatchPlan",
     "Collator",
     "Finding",
     "HoldoutSplit",
@@ -78,6 +84,7 @@ __all__ = [
     "RecordLoader",
     "StatelessBatchSampler",
     "StreamingRecordDataset",
+    "build_batch_plan",
     "build_dataloader",
     "collate_share",
     "inspect_records",

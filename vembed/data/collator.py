@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -51,8 +51,17 @@ class Collator:
     - `row_index`: position of each row in its data set, as a list.
     """
 
-    def __init__(self, processor: Processor) -> None:
+    def __init__(
+        self, processor: Processor, roles: Collection[str] = ("query", "positive", "negative")
+    ) -> None:
+        """Assign.
+
+        Args:
+            processor: Makes model inputs.
+            roles: Those that the batch shall have; others are left out with all about them.
+        """
         self.processor = processor
+        self.roles = frozenset(roles)
 
     def __call__(self, records: Sequence[Record]) -> Batch:
         """The batch of these records."""
@@ -60,7 +69,7 @@ class Collator:
         batch |= self._role("query", records, lambda r: (r.query,), lambda r: r.query_prompt)
         batch |= self._role("positive", records, lambda r: r.positives, lambda r: r.document_prompt)
         batch |= self._role("negative", records, lambda r: r.negatives, lambda r: r.document_prompt)
-        del batch["counts_query"]
+        batch.pop("counts_query", None)
         return batch | _row_facts(records)
 
     def _role(
@@ -71,7 +80,7 @@ class Collator:
         prompt_of: Callable[[Record], str | None],
     ) -> Batch:
         items = [item for record in records for item in items_of(record)]
-        if not items:
+        if not items or role not in self.roles:
             return {}
         prompts = [prompt_of(record) for record in records for _ in items_of(record)]
         inputs = self.processor(

@@ -97,14 +97,15 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
 
     def select(self, indices: Sequence[int] | np.ndarray) -> RecordDataset:
         """The rows at these positions, in this order."""
-        return RecordDataset(self._parts, self._indices[np.asarray(indices, dtype=np.int64)])
+        chosen = RecordDataset(self._parts, self._indices[np.asarray(indices, dtype=np.int64)])
+        chosen.label_names, chosen._label_numbers = self.label_names, self._label_numbers
+        return chosen
 
     @cached_property
     def fingerprint(self) -> str:
         """A hash of the rows, their order and their prompts, wherever the files lie."""
         digest = hashlib.blake2b(self.content_hashes.astype("<i8").tobytes(), digest_size=16)
-        parts = np.searchsorted(self._starts, self._indices, side="right") - 1
-        digest.update(parts.astype("<i8").tobytes())
+        digest.update(self.source_numbers.astype("<i8").tobytes())
         prompts = [(p.origin.query_prompt, p.origin.document_prompt) for p in self._parts]
         digest.update(repr(prompts).encode())
         return digest.hexdigest()
@@ -132,6 +133,57 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
     def content_hashes(self) -> np.ndarray:
         """`[rows]` int64, a hash of everything in each row but its prompts."""
         return self._numbers("content_hash")
+
+    @property
+    def row_hashes(self) -> np.ndarray:
+        """`[rows]` int64, a hash of everything in each row and of its prompts."""
+        prompts = [(p.origin.query_prompt, p.origin.document_prompt) for p in self._parts]
+        digests = [hashlib.blake2b(repr(p).encode(), digest_size=8).digest() for p in prompts]
+        of_part = np.frombuffer(b"".join(digests), dtype="<i8").astype(np.int64)
+        return np.asarray(self.content_hashes ^ of_part[self.source_numbers])
+
+    @property
+    def source_numbers(self) -> np.ndarray:
+        """`[rows]` int64, which of the data sets each row comes from."""
+        return np.asarray(np.searchsorted(self._starts, self._indices, side="right") - 1)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """`[rows]` int64, the class number of each row, as in `Record`; all must have one."""
+        columns = [part.column("label").to_pylist() for part in self._parts]
+        numbers = [self._label_numbers.get(name, -1) for column in columns for name in column]
+        return np.asarray(np.asarray(numbers, dtype=np.int64)[self._indices])
+
+    @property
+    def score_bounds(self) -> ScoreBounds:
+        """The lowest and the highest score; all rows must have one."""
+        scores = self._numbers("score")
+        return ScoreBounds(float(scores.min()), float(scores.max()))
+
+    @property
+    def contents(self) -> RowContents:
+        """What is in each row."""
+        of_parts = [part.contents() for part in self._parts]
+        rows = [ids for of_part in of_parts for ids in of_part]
+        chosen = [rows[index] for index in self._indices.tolist()]
+        ends = np.cumsum([len(ids) for ids in chosen], dtype=np.int64)
+        return RowContents(np.concatenate([*chosen, np.zeros(0, dtype=np.int64)]), ends)
+
+    def with_labels_of(self, other: RecordDataset) -> RecordDataset:
+        """The same rows, whose labels have the class numbers that they have in `other`.
+
+        Raises:
+            DataError: if a label does not occur there.
+        """
+        unknown = sorted(set(self.label_names) - set(other.label_names))
+        if unknown:
+            raise DataError(
+                f"{self._parts[0].origin.files[0]}: label {unknown[0]!r} is not among the labels "
+                f"of the training rows, of which there are {len(other.label_names)}"
+            )
+        copy = RecordDataset(self._parts, self._indices)
+        copy.label_names, copy._label_numbers = other.label_names, other._label_numbers
+        return copy
 
     def _numbers(self, name: str) -> np.ndarray:
         columns = [part.column(name).to_numpy() for part in self._parts]
@@ -202,6 +254,25 @@ class StreamingRecordDataset(torch.utils.data.IterableDataset[Record]):
             buffer[slot] = record
         random.shuffle(buffer)
         yield from buffer
+
+
+class ScoreBounds(NamedTuple):
+    """The range of the scores of some rows."""
+
+    lowest: float
+    highest: float
+
+
+class RowContents(NamedTuple):
+    """The contents of rows, by their ids: query, positives and negatives.
+
+    Attributes:
+        ids: `[contents of all rows]` int64, row after row.
+        ends: `[rows]` int64, where each row's contents end.
+    """
+
+    ids: np.ndarray
+    ends: np.ndarray
 
 
 class HoldoutSplit(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from vembed.data.batch_plans import build_batch_plan
 from vembed.data.collator import Batch
 from vembed.data.dataset import RecordDataset, StreamingRecordDataset
 from vembed.data.records import Record
 from vembed.data.sampler import StatelessBatchSampler, check_shares, own_share
-from vembed.errors import DataError
+from vembed.errors import ConfigError, DataError
 
 BORROWED = "borrowed"
 """Key of a batch whose process has no rows of its own; see `collate_share`."""
@@ -28,9 +29,11 @@ class RecordLoader(DataLoader[Any]):
 
     Attributes:
         process_count: Processes that the rows are already shared among.
+        collator: What makes its batches.
     """
 
     process_count: int = 1
+    collator: CollateRecords
 
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
         """Choose the epoch (from 0) to iterate over next, and the batch in it to begin with."""
@@ -56,6 +59,8 @@ def build_dataloader(
     drop_last: bool = False,
     shuffle: bool = True,
     shuffle_buffer_size: int = 10_000,
+    batch_sampler: str = "random",
+    batch_sampler_kwargs: Mapping[str, Any] | None = None,
 ) -> RecordLoader:
     """Batches of a data set for one of several processes.
 
@@ -74,14 +79,23 @@ def build_dataloader(
         drop_last: Whether to leave out a last batch that is not full.
         shuffle: Whether rows come in random order, a new one in every epoch.
         shuffle_buffer_size: Rows that a stream is shuffled among.
+        batch_sampler: How rows are put together: a name of `BATCH_SAMPLERS`, or
+            `package.module:Name`. A stream's are put together as they come.
+        batch_sampler_kwargs: Further arguments of it.
 
     Raises:
-        ConfigError: if there would not be a single batch, or a number is out of range.
+        ConfigError: if there would not be a single batch, a number is out of range, or the rows do
+            not fit the batch sampler.
     """
     rows: Dataset[Any]
     lender: Record | None = None
     if isinstance(dataset, StreamingRecordDataset):
         check_shares(batch_size, process_index, process_count)
+        if batch_sampler != "random":
+            raise ConfigError(
+                f"batch_sampler: {batch_sampler} must know all rows, but those of a stream come "
+                "one after another. Set streaming: false, or batch_sampler: random"
+            )
         buffer_size = shuffle_buffer_size if shuffle else None
         shares = _Shares(batch_size, process_index, process_count, drop_last)
         rows = _BatchStream(dataset, shares, seed, buffer_size)
@@ -89,6 +103,17 @@ def build_dataloader(
     else:
         rows = dataset
         lender = dataset[0] if process_count > 1 and len(dataset) else None
+        check_shares(batch_size, process_index, process_count)
+        plan = None
+        if shuffle and (batch_sampler != "random" or batch_sampler_kwargs):
+            plan = build_batch_plan(
+                batch_sampler,
+                dataset,
+                batch_size * process_count,
+                seed=seed,
+                drop_last=drop_last,
+                **(batch_sampler_kwargs or {}),
+            )
         sampler = StatelessBatchSampler(
             len(dataset),
             batch_size,
@@ -97,6 +122,7 @@ def build_dataloader(
             process_count=process_count,
             drop_last=drop_last,
             shuffle=shuffle,
+            plan=plan,
         )
         # A stream's epoch is set on the object that workers copy, so its workers start anew.
         order = {"batch_sampler": sampler, "persistent_workers": num_workers > 0}
@@ -112,6 +138,7 @@ def build_dataloader(
         **order,
     )
     loader.process_count = process_count
+    loader.collator = collator
     return loader
 
 

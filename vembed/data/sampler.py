@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
-import numpy as np
 from torch.utils.data import Sampler
 
+from vembed.data.batch_plans import BatchPlan, RandomBatches
 from vembed.errors import ConfigError
 
 _T = TypeVar("_T")
@@ -16,13 +17,12 @@ _T = TypeVar("_T")
 class StatelessBatchSampler(Sampler[list[int]]):
     """Batches of row numbers for one of several processes.
 
-    The rows of an epoch, in random order, are cut into global batches of `batch_size *
-    process_count`, and process p takes the p-th slice of each: several processes see, together,
-    just what one process with a larger batch sees. Nothing but the arguments and the epoch decides,
-    so that a run can be resumed anywhere.
+    The global batches of a plan have `batch_size * process_count` rows, and process p takes the
+    p-th slice of each: several processes see, together, just what one process with a larger batch
+    sees. Nothing but the arguments and the epoch decides, so that a run can be resumed anywhere.
 
-    The last global batch may be smaller; then slices differ by one row at most, and are empty for
-    some processes where it has fewer rows than there are processes. `drop_last` leaves it out.
+    A global batch may be smaller, as the last one of an epoch is; then slices differ by one row at
+    most, and are empty for some processes where it has fewer rows than there are processes.
 
     Attributes:
         process_count: Processes that the rows are shared among.
@@ -38,6 +38,7 @@ class StatelessBatchSampler(Sampler[list[int]]):
         process_count: int = 1,
         drop_last: bool = False,
         shuffle: bool = True,
+        plan: BatchPlan | None = None,
     ) -> None:
         """Assign and check.
 
@@ -49,18 +50,22 @@ class StatelessBatchSampler(Sampler[list[int]]):
             process_count: Processes that train together.
             drop_last: Whether to leave out a last batch that is not full.
             shuffle: Whether rows come in random order, a new one in every epoch.
+            plan: Global batches to share out, in the place of those that `drop_last` and `shuffle`
+                describe.
 
         Raises:
             ConfigError: if there would not be a single batch, or a number is out of range.
         """
         check_shares(batch_size, process_index, process_count)
-        self.num_rows = num_rows
-        self.batch_size = batch_size
-        self.seed = seed
         self.process_index = process_index
         self.process_count = process_count
-        self.drop_last = drop_last
-        self.shuffle = shuffle
+        self._plan = plan or RandomBatches(
+            range(num_rows),
+            batch_size * process_count,
+            seed=seed,
+            drop_last=drop_last,
+            shuffle=shuffle,
+        )
         self._epoch = 0
         self._start_batch = 0
         if not len(self):
@@ -77,23 +82,11 @@ class StatelessBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever iteration begins: schedules are counted in these."""
-        full, rest = divmod(self.num_rows, self.batch_size * self.process_count)
-        return full + (rest > 0 and not self.drop_last)
+        return len(self._plan)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = self._order()
-        size = self.batch_size * self.process_count
-        for batch in range(self._start_batch, len(self)):
-            rows: list[int] = order[batch * size : (batch + 1) * size].tolist()
+        for rows in islice(self._plan.batches(self._epoch), self._start_batch, None):
             yield own_share(rows, self.process_index, self.process_count)
-
-    def _order(self) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(self.num_rows)
-        # Sorting raw bits, rather than Generator.permutation: numpy promises that the former never
-        # change between its versions, and a run must resume in the same order.
-        bits = np.random.Philox(np.random.SeedSequence([self.seed, self._epoch]))
-        return np.argsort(bits.random_raw(self.num_rows), kind="stable")
 
 
 def own_share(rows: Sequence[_T], process_index: int, process_count: int) -> list[_T]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,13 @@ class StoredRows:
     def good(self) -> np.ndarray:
         """Numbers of the rows that can be used."""
         return np.flatnonzero(self.column("problem").is_null().to_numpy())
+
+    def contents(self) -> list[np.ndarray]:
+        """Of every row, bad ones too, the content ids of its items."""
+        column = self.column("item_ids").combine_chunks()
+        values = column.values.to_numpy(zero_copy_only=False)
+        offsets = column.offsets.to_numpy()
+        return [values[start:end] for start, end in pairwise(offsets.tolist())]
 
     def problems(self) -> Iterator[tuple[str, RowProblem]]:
         """Where each bad row is, and its problem."""
@@ -242,6 +250,7 @@ def _features(mode: RetrievalMode) -> datasets.Features:
             "query_id": number,
             "positive_ids": [number],
             "content_hash": number,
+            "item_ids": [number],
             "problem": text,
         }
     )
@@ -265,6 +274,7 @@ def _to_columns(checked: CheckedRow, mode: RetrievalMode) -> dict[str, Any]:
         "query_id": row.query.content_id,
         "positive_ids": [item.content_id for item in row.positives],
         "content_hash": row.content_hash(),
+        "item_ids": [item.content_id for _, _, item in row.items()],
     }
     for field, items in (
         ("query", (row.query,)),

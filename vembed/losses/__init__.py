@@ -12,18 +12,34 @@ from vembed.registry import accepted_arguments, construct, resolve
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from vembed.losses.distillation.weighted import WeightedDistillation
+
 LOSSES = {
     "infonce": "vembed.losses.info_nce:InfoNCE",
     "sigmoid": "vembed.losses.sigmoid:PairwiseSigmoid",
+    "triplet": "vembed.losses.triplet:Triplet",
+    "margin_mse": "vembed.losses.margin_mse:MarginMSE",
     "cosent": "vembed.losses.cosent:CoSENT",
+    "angle": "vembed.losses.cosent:AnglE",
+    "cosine_mse": "vembed.losses.cosine_mse:CosineMSE",
+    "contrastive": "vembed.losses.contrastive:Contrastive",
+    "online_contrastive": "vembed.losses.contrastive:OnlineContrastive",
     "supcon": "vembed.losses.supcon:SupervisedContrastive",
+    "label_triplet": "vembed.losses.triplet:LabelTriplet",
+    "arcface": "vembed.losses.proxies:ArcFace",
+    "normalized_softmax": "vembed.losses.proxies:NormalizedSoftmax",
     "maxsim": "vembed.losses.late_interaction:MaxSimInfoNCE",
     "colbert": "vembed.losses.late_interaction:MaxSimInfoNCE",
 }
 """Losses by the name that `loss_type` takes; maxsim and colbert are one."""
 
-DISTILLATION_LOSSES = {"similarity_kl": "vembed.losses.distillation:SimilarityKL"}
-"""Distillation losses by name."""
+DISTILLATION_LOSSES = {
+    "similarity_kl": "vembed.losses.distillation.similarity:SimilarityKL",
+    "embedding": "vembed.losses.distillation.embedding:EmbeddingDistillation",
+    "relational": "vembed.losses.distillation.relational:RelationalDistillation",
+    "score": "vembed.losses.distillation.score:ScoreDistillation",
+}
+"""Distillation losses by the name that `distillation_loss` takes."""
 
 
 DEFAULT_TEMPERATURE = 0.05
@@ -45,9 +61,14 @@ class Criterion(Protocol):
     number per row, `vembed.distributed.global_mean` of them, which counts every row once also where
     processes have unequally many. A loss that looks at other rows gathers them with `gather_rows`.
 
-    Three things are read from it if it has them: `required_fields`, the row fields without which it
-    cannot work, `takes_tokens`, whether embeddings must be token vectors or must not, and the
-    method `clamp()`, called after each optimizer step.
+    A guided loss gets `guide_query`, `guide_positive` and `guide_negative` too, a guide model's
+    embeddings of the same rows.
+
+    Five things are read from it if it has them: `required_fields`, the row fields without which it
+    cannot work; `takes_tokens`, whether embeddings must be token vectors or must not;
+    `score_range`, the lowest and the highest score that it takes; `batch_sampler`, how batches
+    should be made where the user does not say; and the method `clamp()`, called after each
+    optimizer step.
 
     The smallest valid one, usable as `loss_type: my_losses:cosine_distance`:
 
@@ -55,7 +76,8 @@ class Criterion(Protocol):
             return global_mean(1 - torch.cosine_similarity(query, positive))
 
     or as a class, an `nn.Module` where it has parameters, whose constructor takes what it wants of
-    `temperature`, `learn_temperature`, `bidirectional`, `tile_size` and `loss_kwargs`:
+    `temperature`, `learn_temperature`, `bidirectional`, `tile_size`, `guided`, `num_classes`,
+    `embedding_dim` and `loss_kwargs`:
 
         class CosineDistance(torch.nn.Module):
             required_fields = frozenset({"positive"})
@@ -72,8 +94,9 @@ class Criterion(Protocol):
 class DistillationLoss(Protocol):
     """A loss on student and teacher embeddings, each by role (`query`, `positive`, `negative`).
 
-    By name it also gets those of a `Criterion`'s extras that its signature has. It returns a scalar
-    as a `Criterion` does.
+    A teacher may embed some of the roles only, and none where it gave scores. By name the loss also
+    gets those of a `Criterion`'s extras that its signature has. It returns a scalar as a
+    `Criterion` does.
     """
 
     def __call__(
@@ -90,6 +113,9 @@ def build_criterion(
     learn_temperature: bool = False,
     bidirectional: bool = False,
     tile_size: int | Literal["auto"] = "auto",
+    guided: bool = False,
+    num_classes: int | None = None,
+    embedding_dim: int | None = None,
     **loss_kwargs: Any,
 ) -> Criterion:
     """Make the loss that `loss_type` names.
@@ -100,22 +126,28 @@ def build_criterion(
         learn_temperature: Likewise.
         bidirectional: Likewise.
         tile_size: Likewise.
+        guided: Likewise; whether the batches bring the embeddings of a guide model.
+        num_classes: Likewise; labels of the data.
+        embedding_dim: Likewise; size of the embeddings.
         **loss_kwargs: Passed on as they are.
 
     Raises:
         ConfigError: if the loss is unknown, the arguments do not fit it, or `learn_temperature`,
-            `bidirectional` or a `tile_size` is asked of a loss without it.
+            `bidirectional`, `guided` or a `tile_size` is asked of a loss without it.
     """
     settings = {
         "temperature": temperature,
         "learn_temperature": learn_temperature,
         "bidirectional": bidirectional,
         "tile_size": tile_size,
+        "guided": guided,
+        "num_classes": num_classes,
+        "embedding_dim": embedding_dim,
     }
     chosen = resolve("loss_type", loss_type, LOSSES)
     makes_one = _makes_a_loss(chosen)
     accepted = accepted_arguments(chosen, settings) if makes_one else {}
-    asked = [name for name in ("learn_temperature", "bidirectional") if settings[name]]
+    asked = [name for name in ("learn_temperature", "bidirectional", "guided") if settings[name]]
     asked += ["tile_size"] if tile_size != "auto" else []
     unfit = [name for name in asked if name not in accepted] + ([] if makes_one else [*loss_kwargs])
     if unfit:
@@ -143,30 +175,97 @@ def _makes_a_loss(chosen: Any) -> bool:
 
 
 def build_distillation_loss(
-    loss_type: str | type = "similarity_kl", *, temperature: float = 0.05, **loss_kwargs: Any
+    loss_type: str | type = "similarity_kl",
+    *,
+    temperature: float = 0.05,
+    student_dim: int | None = None,
+    teacher_dim: int | None = None,
+    **loss_kwargs: Any,
 ) -> DistillationLoss:
     """Make the distillation loss that `loss_type` names.
 
     Args:
-        loss_type: A name from `DISTILLATION_LOSSES`, `package.module:Name`, or a class.
+        loss_type: A name from `DISTILLATION_LOSSES`, `package.module:Name`, or a class or function.
         temperature: Passed on if the loss has such an argument.
+        student_dim: Size of the student's vectors; likewise.
+        teacher_dim: Size of the teacher's vectors; likewise.
         **loss_kwargs: Passed on as they are.
 
     Raises:
         ConfigError: if the loss is unknown or the arguments do not fit it.
     """
     chosen = resolve("distillation_loss", loss_type, DISTILLATION_LOSSES)
-    accepted = accepted_arguments(chosen, {"temperature": temperature})
+    if inspect.isroutine(chosen) and "student" in inspect.signature(chosen).parameters:
+        if loss_kwargs:
+            raise ConfigError(
+                f"distillation_loss {loss_type!r} is a function of embeddings and has no "
+                f"{' or '.join(loss_kwargs)}: leave that out"
+            )
+        return cast(DistillationLoss, chosen)
+    settings = {
+        "temperature": temperature,
+        "student_dim": student_dim,
+        "teacher_dim": teacher_dim,
+    }
+    accepted = accepted_arguments(chosen, settings)
     made = construct("distillation_loss", loss_type, DISTILLATION_LOSSES, accepted | loss_kwargs)
     return cast(DistillationLoss, made)
 
 
-def missing_fields(criterion: Criterion, fields: Collection[str]) -> list[str]:
+def build_distillation(
+    kinds: str | Mapping[str, float],
+    *,
+    temperature: float = 0.05,
+    student_dim: int | None = None,
+    teacher_dim: int | None = None,
+    arguments: Mapping[str, Mapping[str, Any]] | None = None,
+) -> WeightedDistillation:
+    """The weighted sum of distillation losses.
+
+    Args:
+        kinds: One as `build_distillation_loss` names it, or several with their weights.
+        temperature: Passed on to those that have such an argument.
+        student_dim: Likewise.
+        teacher_dim: Likewise.
+        arguments: Further arguments by kind.
+
+    Raises:
+        ConfigError: as `build_distillation_loss` does, or if a kind has arguments and is not used.
+    """
+    from vembed.losses.distillation.weighted import Term, WeightedDistillation
+
+    weights = {kinds: 1.0} if isinstance(kinds, str) else kinds
+    unused = sorted(set(arguments or {}) - set(weights))
+    if unused:
+        raise ConfigError(
+            f"distillation_kwargs: {', '.join(unused)} is not among the losses, "
+            f"{', '.join(weights)}; arguments are written by kind, as in "
+            "{embedding: {distance: mse}}"
+        )
+    return WeightedDistillation(
+        [
+            Term(
+                f"distillation.{kind.rpartition(':')[2]}",
+                build_distillation_loss(
+                    kind,
+                    temperature=temperature,
+                    student_dim=student_dim,
+                    teacher_dim=teacher_dim,
+                    **(arguments or {}).get(kind, {}),
+                ),
+                weight,
+            )
+            for kind, weight in weights.items()
+        ]
+    )
+
+
+def missing_fields(criterion: Criterion | type[Criterion], fields: Collection[str]) -> list[str]:
     """What a loss cannot work without and rows with these fields do not have."""
     return sorted(_required_fields(criterion) - set(fields))
 
 
-def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
+def check_row_fields(criterion: Criterion | type[Criterion], fields: Collection[str]) -> None:
     """Check that every row has what the loss cannot work without.
 
     Args:
@@ -186,10 +285,42 @@ def check_row_fields(criterion: Criterion, fields: Collection[str]) -> None:
         key=lambda name: -len(required[name]),
     )
     name = getattr(criterion, "__name__", type(criterion).__name__)
+    advice = "If a column has another name, name it in column_mapping"
+    if "score" in missing and {"positive", "label"} <= set(fields):
+        advice = (
+            "A label of a pair, such as 0 or 1, is a score: column_mapping: {score: YOUR_COLUMN}"
+        )
     raise ConfigError(
         f"loss_type: {name} needs {' and '.join(missing)} in every row. Received rows with: "
         f"{', '.join(sorted(fields))}. Losses that fit these rows: {', '.join(fitting) or 'none'}. "
-        "If a column has another name, name it in column_mapping"
+        f"{advice}"
+    )
+
+
+def check_scores(criterion: Criterion, *, lowest: float, highest: float) -> None:
+    """Check that scores are on the scale that the loss is about.
+
+    Args:
+        criterion: A loss; one without `score_range` fits any scores.
+        lowest: The lowest score of the data.
+        highest: The highest.
+
+    Raises:
+        ConfigError: if one of them is out of the range.
+    """
+    least, most = getattr(criterion, "score_range", (lowest, highest))
+    if least <= lowest and highest <= most:
+        return
+    scaled = hasattr(criterion, "score_scale")
+    advice = (
+        f"Set loss_kwargs: {{score_scale: {max(abs(lowest), abs(highest)):g}}}"
+        if scaled
+        else "Bring them onto that scale"
+    )
+    raise ConfigError(
+        f"loss_type: {type(criterion).__name__} takes scores from {least:g} to {most:g}. Received: "
+        f"scores from {lowest:g} to {highest:g}. {advice}, or use cosent, for which only their "
+        "order counts"
     )
 
 

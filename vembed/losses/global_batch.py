@@ -1,6 +1,6 @@
 """The queries and documents of all processes, and which belong together.
 
-# Shapes: B queries, M positives and K hard negatives on this process, D size;
+# Shapes: B queries, M positives and K hard negatives on this process, D size, G size of a guide;
 # Q queries, P positives and C documents (positives and hard negatives) of all processes. Where
 # embeddings are token vectors, D stands for tokens x size.
 """
@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,10 @@ from vembed.distributed import (
 )
 from vembed.errors import ConfigError, DataError
 from vembed.losses.comparison import COSINE, Comparison
-from vembed.losses.relevance import Relevance
-from vembed.losses.tiling import finite, tiled_similarities
+from vembed.losses.own_triplets import counts_or_equal
+from vembed.losses.relevance import Relevance, link_components
+from vembed.losses.similarity import unit_rows
+from vembed.losses.tiling import Judge, finite, tiled_similarities
 from vembed.token_vectors import cat_items, pad_tokens
 
 _NO_ID = -1
@@ -50,6 +52,44 @@ class _Ids:
     document_C: Tensor
     positive_P: Tensor
     query_of_positive_P: Tensor
+    is_positive_C: Tensor
+
+    def pairs(self, query: Tensor, document: Tensor) -> Tensor:
+        """`[n]` bool: whether each query and document of a list are paired by any row."""
+        known = torch.stack([self.query_of_positive_P, self.positive_P])
+        asked = torch.stack([query, document])
+        _, number = torch.unique(torch.cat([known, asked], 1), dim=1, return_inverse=True)
+        return torch.isin(number[known.shape[1] :], number[: known.shape[1]])
+
+
+@dataclass(frozen=True)
+class GuideRows:
+    """What a guide model makes of the items of this process, and of the documents of all.
+
+    Attributes:
+        query_BG: Of the queries, of length one.
+        positive_MG: Of the positives.
+        negative_KG: Of the hard negatives.
+        documents_CG: As `GlobalBatch.documents_CD`.
+    """
+
+    query_BG: Tensor
+    positive_MG: Tensor
+    negative_KG: Tensor
+    documents_CG: Tensor
+
+
+@dataclass(frozen=True)
+class OwnNegatives:
+    """The hard negatives of this process's queries.
+
+    Attributes:
+        owner_K: The query of each, as a row of `GlobalBatch.query_BD`.
+        is_relevant_K: Whether it is relevant to its query all the same, by another row.
+    """
+
+    owner_K: Tensor
+    is_relevant_K: Tensor
 
 
 @dataclass(frozen=True)
@@ -59,23 +99,33 @@ class GlobalBatch:
     Attributes:
         query_BD: This process's queries, as `comparison` takes them.
         positive_MD: This process's positives.
-        documents_CD: Positives, then hard negatives, of each process in turn.
+        negative_KD: This process's hard negatives.
+        documents_CD: Positives, then hard negatives where they are shared, of each process in turn.
         owner_M: The query of each positive, as a row of `query_BD`.
         query_weight: Weight of each query in this process's loss. The mean over processes of the
             weighted sums is the mean over the queries of all processes.
         positive_weight_M: The same for a mean over each query's positives, then over queries.
         comparison: What similarity is.
+        guide: The same rows by a guide model; None without one.
     """
 
     query_BD: Tensor
     positive_MD: Tensor
+    negative_KD: Tensor
     documents_CD: Tensor
     owner_M: Tensor
     query_weight: float
     positive_weight_M: Tensor
     comparison: Comparison
+    guide: GuideRows | None
     _sizes: list[_Sizes]
     _ids: _Ids
+    _negative_ids_K: Tensor
+
+    @property
+    def judge(self) -> Judge | None:
+        """The guide's rows of this process's queries and of `documents_CD`."""
+        return None if self.guide is None else Judge(self.guide.query_BG, self.guide.documents_CG)
 
     def similarities(self, rows: slice) -> Tensor:
         """Of some of this process's queries and all documents, without gradient: `[n, C]`."""
@@ -106,12 +156,82 @@ class GlobalBatch:
         ids = self._ids
         return Relevance(own_B, ids.document_C, ids.query_of_positive_P, ids.positive_P)
 
+    def gather_queries(self, rows_BD: Tensor) -> Tensor:
+        """`[Q, D]`, of one row for each query. Collective: every process must call it."""
+        return gather_rows(rows_BD, [size.queries for size in self._sizes])
+
+    def only_positives(self, rows_CD: Tensor) -> Tensor:
+        """`[P, D]`, of one row for each of `documents_CD`."""
+        if self._ids.is_positive_C.all():
+            return rows_CD
+        return rows_CD[self._ids.is_positive_C.to(rows_CD.device)]
+
+    def linked_queries(self) -> Relevance:
+        """Over this process's queries x those of all: pairs that must not be told apart.
+
+        Queries are linked when a chain of relevant pairs leads from one to the other: they share a
+        document, or the same content as one that does.
+        """
+        first = sum(size.queries for size in self._sizes[: process_index()])
+        component_Q = self._components()[0]
+        return Relevance.classes(component_Q[first : first + len(self.query_BD)], component_Q)
+
+    def linked_positives(self) -> Relevance:
+        """Over this process's positives x those of all, as `linked_queries`."""
+        first = sum(size.positives for size in self._sizes[: process_index()])
+        component_P = self._components()[1]
+        return Relevance.classes(component_P[first : first + len(self.positive_MD)], component_P)
+
+    def _components(self) -> tuple[Tensor, Tensor]:
+        """Of each query and of each positive of all processes, the number of its component."""
+        ids = self._ids
+        component_P = link_components(ids.query_of_positive_P, ids.positive_P)
+        # A query without positives is linked to its copies only.
+        owners, number_P = torch.unique(ids.query_of_positive_P, return_inverse=True)
+        of_owner = torch.empty_like(owners).scatter_(0, number_P, component_P)
+        places = torch.searchsorted(owners, ids.query_Q).clamp(max=max(0, len(owners) - 1))
+        alone_Q = -1 - torch.unique(ids.query_Q, return_inverse=True)[1]
+        if not len(owners):
+            return alone_Q, component_P
+        has_owner = owners[places] == ids.query_Q
+        return torch.where(has_owner, of_owner[places], alone_Q), component_P
+
+    def own_negatives(self, counts_negative: Tensor | None) -> OwnNegatives:
+        """Whose the hard negatives of this process are. Collective: every process must call it.
+
+        Args:
+            counts_negative: `[B]` hard negatives of each query; None when all have equally many.
+
+        Raises:
+            DataError: if the counts of any process do not add up; on every process.
+        """
+        queries, negatives = len(self.query_BD), len(self.negative_KD)
+        device = self.query_BD.device
+        counts_negative = counts_or_equal(
+            counts_negative, rows=negatives, queries=queries, like=self.query_BD
+        )
+        owner_K = torch.arange(queries, device=device).repeat_interleave(
+            counts_negative, output_size=negatives
+        )
+        first = sum(size.queries for size in self._sizes[: process_index()])
+        owner_ids = self._ids.query_Q[first : first + queries][owner_K.cpu()]
+        relevant = self._ids.pairs(owner_ids, self._negative_ids_K)
+        return OwnNegatives(owner_K, relevant.to(device))
+
     def relevant_queries(self) -> Relevance:
         """Over this process's positives x the queries of all processes."""
         first = sum(size.positives for size in self._sizes[: process_index()])
         own_M = self._ids.positive_P[first : first + len(self.positive_MD)]
         ids = self._ids
         return Relevance(own_M, ids.query_Q, ids.positive_P, ids.query_of_positive_P)
+
+
+class Guide(NamedTuple):
+    """A guide model's embeddings of the rows of this process, of any length and type."""
+
+    query: Tensor
+    positive: Tensor
+    negative: Tensor | None
 
 
 def gather_batch(
@@ -124,6 +244,8 @@ def gather_batch(
     ids_positive: Tensor | None,
     ids_negative: Tensor | None,
     comparison: Comparison = COSINE,
+    guide: Guide | None = None,
+    share_negatives: bool = True,
 ) -> GlobalBatch:
     """Gather documents and ids. Collective: every process must call it.
 
@@ -137,6 +259,8 @@ def gather_batch(
         ids_positive: `[M]` content ids of the positives. None: all differ.
         ids_negative: `[K]` content ids of the negatives. None: all differ.
         comparison: What similarity is.
+        guide: The same rows by a guide model, on every process or on none.
+        share_negatives: Whether hard negatives are among the documents of all queries.
 
     Raises:
         ConfigError: if there are no positives.
@@ -144,46 +268,72 @@ def gather_batch(
     """
     if positive is None:
         raise ConfigError("this loss needs positives. Received: a batch without them")
-    num_queries, num_positives = len(query), len(positive)
-    num_negatives = 0 if negative is None else len(negative)
+    negative = positive[:0] if negative is None else negative
     if counts_positive is None:
         counts_positive = query.new_full(
-            (num_queries,), int(num_queries == num_positives), dtype=torch.int64
+            (len(query),), int(len(query) == len(positive)), dtype=torch.int64
         )
     notes = torch.cat(
         [
-            _ids_or_none(ids_query, num_queries, query.device),
+            _ids_or_none(ids_query, len(query), query.device),
             counts_positive,
-            _ids_or_none(ids_positive, num_positives, query.device),
-            _ids_or_none(ids_negative, num_negatives, query.device),
+            _ids_or_none(ids_positive, len(positive), query.device),
+            _ids_or_none(ids_negative, len(negative), query.device),
         ]
     )
-    documents = positive if negative is None else cat_items([positive, negative])
-    own = _Sizes(num_queries, num_positives, num_negatives, len(notes), documents.shape[1])
+    documents = cat_items([positive, negative])
+    own = _Sizes(len(query), len(positive), len(negative), len(notes), documents.shape[1])
     sizes = [_Sizes(*numbers) for numbers in gather_numbers(own, query.device)]
     # The one wait for the device in a loss: which pairs to mask decides the sizes of what follows.
     ids = _join_ids(gather_rows(notes, [size.notes for size in sizes]).cpu(), sizes)
+    first = sum(size.positives + size.negatives for size in sizes[: process_index()])
+    own_documents = ids.document_C[first : first + len(positive) + len(negative)]
+    if not share_negatives:
+        sizes = [size._replace(negatives=0) for size in sizes]
+        ids = replace(
+            ids,
+            document_C=ids.positive_P,
+            is_positive_C=torch.ones_like(ids.positive_P, dtype=torch.bool),
+        )
 
     query_BD = comparison.prepare_queries(query)
     # Together, so that a process without negatives takes part in the same collectives.
     documents = comparison.prepare_documents(
         pad_tokens(documents, max(size.width for size in sizes))
     )
-    owner_M = torch.arange(num_queries, device=query.device).repeat_interleave(
-        counts_positive, output_size=num_positives
+    counts = [size.positives + size.negatives for size in sizes]
+    owner_M = torch.arange(len(query), device=query.device).repeat_interleave(
+        counts_positive, output_size=len(positive)
     )
     weight = process_count() / sum(size.queries for size in sizes)
     return GlobalBatch(
         query_BD=query_BD,
-        positive_MD=documents[:num_positives],
-        documents_CD=gather_rows(documents, [size.positives + size.negatives for size in sizes]),
+        positive_MD=documents[: len(positive)],
+        negative_KD=documents[len(positive) :],
+        documents_CD=gather_rows(documents[: counts[process_index()]], counts),
         owner_M=owner_M,
         query_weight=weight,
         positive_weight_M=weight / counts_positive[owner_M].to(query_BD.dtype),
         comparison=comparison,
+        guide=None if guide is None else _guide_rows(guide, own, counts),
         _sizes=sizes,
         _ids=ids,
+        _negative_ids_K=own_documents[len(positive) :],
     )
+
+
+def require_guide(query: Tensor | None, positive: Tensor | None, negative: Tensor | None) -> Guide:
+    """A guide model's embeddings, as a guided loss is given them.
+
+    Raises:
+        ConfigError: if there are none.
+    """
+    if query is None or positive is None:
+        raise ConfigError(
+            "this loss is guided, so it needs the embeddings of a guide model: guide_query and "
+            "guide_positive. Received: none. Set guide_model_name, or guided to false"
+        )
+    return Guide(query, positive, negative)
 
 
 def logsumexp_over_processes(values_C: Tensor) -> Tensor:
@@ -199,6 +349,23 @@ def logsumexp_over_processes(values_C: Tensor) -> Tensor:
         return values_C
     total: Tensor = _LogSumExpOverProcesses.apply(values_C)  # type: ignore[no-untyped-call]
     return total
+
+
+def _guide_rows(guide: Guide, own: _Sizes, counts: list[int]) -> GuideRows:
+    negative = guide.query[:0] if guide.negative is None else guide.negative
+    received = (len(guide.query), len(guide.positive), len(negative))
+    if received != own[:3]:
+        raise ConfigError(
+            "the guide model must embed the rows of the batch. Received: embeddings of "
+            f"{received} queries, positives and negatives, for {own[:3]}"
+        )
+    documents = unit_rows(torch.cat([guide.positive, negative]).detach())
+    return GuideRows(
+        query_BG=unit_rows(guide.query.detach()),
+        positive_MG=documents[: own.positives],
+        negative_KG=documents[own.positives :],
+        documents_CG=gather_rows(documents[: counts[process_index()]], counts),
+    )
 
 
 class _LogSumExpOverProcesses(torch.autograd.Function):
@@ -247,6 +414,7 @@ def _join_ids(notes: Tensor, sizes: list[_Sizes]) -> _Ids:
         document_C=document_C,
         positive_P=document_C[is_positive_C],
         query_of_positive_P=query_Q.repeat_interleave(counts),
+        is_positive_C=is_positive_C,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from vembed.errors import ConfigError
 from vembed.losses.comparison import MaxSim
 from vembed.losses.info_nce import InfoNCE
@@ -14,7 +16,9 @@ class MaxSimInfoNCE(InfoNCE):
         s(q, d) = 1 / (|q| temperature) sum_{i in q} max_{j in d} cos(q_i, d_j)
 
     over the tokens i of the query and j of the document. The rest is that of `InfoNCE`: negatives
-    of all processes, several positives, masked copies, margins, both directions, tiles.
+    of all processes, several positives, masked copies, margins, both directions, own hard
+    negatives, hardness, a guide, tiles; but MaxSim is not symmetric, so queries are not compared
+    with queries, nor documents with documents.
 
     It takes token vectors `[B, T, D]`, `[M, T, D]` and `[K, T, D]`; rows of zeros are padding and
     count on neither side.
@@ -29,8 +33,12 @@ class MaxSimInfoNCE(InfoNCE):
         bidirectional: bool = False,
         tile_size: TileSize = "auto",
         *,
+        joint: bool = False,
+        hard_negatives: Literal["all", "own"] = "all",
+        hardness: float = 0.0,
         absolute_margin: float | None = None,
         relative_margin: float | None = None,
+        guided: bool = False,
         normalize_scores: bool = True,
     ) -> None:
         """Assign and check; arguments beside the last one are those of `InfoNCE`.
@@ -41,8 +49,13 @@ class MaxSimInfoNCE(InfoNCE):
             bidirectional: Also rank the queries for each positive.
             tile_size: Queries and documents of a tile; it holds as many similarities of tokens as
                 they have. `auto`: 32 MB of them.
-            absolute_margin: On the scale of the mean over a query's tokens.
+            joint: One sum for both directions.
+            hard_negatives: Those of `all` rows for each query, or its `own`.
+            hardness: How much more similar negatives weigh.
+            absolute_margin: On the scale of the mean over a query's tokens; with `guided`, of the
+                guide's cosines.
             relative_margin: Likewise.
+            guided: Judge by a guide model, which has one vector for each item.
             normalize_scores: Divide by the number of a query's tokens, so that a temperature means
                 the same for short and long queries. ColBERT itself does not: it adds up.
 
@@ -54,10 +67,15 @@ class MaxSimInfoNCE(InfoNCE):
             learn_temperature,
             bidirectional,
             tile_size,
+            joint=joint,
+            hard_negatives=hard_negatives,
+            hardness=hardness,
             absolute_margin=absolute_margin,
             relative_margin=relative_margin,
+            guided=guided,
         )
-        if not normalize_scores and (absolute_margin, relative_margin) != (None, None):
+        has_margin = (absolute_margin, relative_margin) != (None, None)
+        if has_margin and not normalize_scores and not guided:
             raise ConfigError(
                 "normalize_scores: margins are on the scale of cosines, which scores that add up "
                 "leave. Received: false, with a margin. Set it to true, or leave the margin out"

@@ -1,8 +1,9 @@
 """Which candidates are too similar to be negatives.
 
 A candidate that is nearly as similar to a query as the query's positive is often relevant too, only
-not marked as such (Moreira et al., 2024; Solatorio, 2024). The margin is taken off the similarity,
-never a share of a number that may be below zero.
+not marked as such (Moreira et al., 2024). The margin is taken off the similarity, never a share of
+a number that may be below zero. Who judges is the model that trains, or a frozen guide model
+(GISTEmbed: Solatorio, 2024), whose similarities then stand in the place of the model's own.
 
 # Shapes: B queries and M positives of this process, C documents of all processes
 """
@@ -51,6 +52,13 @@ class Margins:
                     f"cosine similarity, or null. Received: {margin!r}"
                 )
 
+    @classmethod
+    def of(cls, absolute: float | None, relative: float | None, *, guided: bool) -> Margins:
+        """Margins as a loss is given them; a guide without one leaves out what it ranks higher."""
+        if guided and absolute is None and relative is None:
+            absolute = 0.0
+        return cls(absolute, relative)
+
     def limits(self, similarity: Tensor) -> Tensor | None:
         """The similarity from which on candidates are left out; None without margins.
 
@@ -72,28 +80,55 @@ class Margins:
         return limit - _ROUNDING * torch.finfo(limit.dtype).eps
 
 
-def find_limits(
-    margins: Margins, batch: GlobalBatch, similarity_M: Tensor, *, of_documents: bool = False
-) -> Limits | None:
-    """Limits of queries and, if they rank queries as well, of documents.
+@dataclass(frozen=True)
+class PairLimits:
+    """The similarities from which on candidates are left out, of the rows of this process.
 
-    A query with several positives is judged by the most similar of them, which leaves out the
-    fewest candidates. A positive is judged by the query of its own row.
+    Attributes:
+        positive_M: Of each positive, by the query of its own row.
+        query_B: Of each query, by the most similar of its positives, which leaves out the fewest.
+    """
 
-    Collective with `of_documents`: every process must call it.
+    positive_M: Tensor
+    query_B: Tensor
+
+
+def find_pair_limits(
+    margins: Margins, batch: GlobalBatch, similarity_M: Tensor
+) -> PairLimits | None:
+    """Limits of this process's positives and queries.
 
     Args:
         margins: Taken off similarities to positives.
-        batch: The batch.
+        batch: The batch. With a guide in it, it is the guide's similarities that are limited.
         similarity_M: Cosine similarity of each positive of this process to its query.
-        of_documents: Whether positives rank queries.
 
     Returns:
-        Limits over `query_BD` x `documents_CD`; None without margins.
+        None without margins.
     """
+    if batch.guide is not None:
+        similarity_M = (batch.guide.query_BG[batch.owner_M] * batch.guide.positive_MG).sum(1)
     limit_M = margins.limits(similarity_M)
     if limit_M is None:
         return None
     limit_B = limit_M.new_full((len(batch.query_BD),), math.inf)
     limit_B.scatter_reduce_(0, batch.owner_M, limit_M, "amax", include_self=False)
-    return Limits(limit_B, batch.gather_of_positives(limit_M) if of_documents else None)
+    return PairLimits(limit_M, limit_B)
+
+
+def find_limits(
+    margins: Margins, batch: GlobalBatch, similarity_M: Tensor, *, of_documents: bool = False
+) -> Limits | None:
+    """Limits of queries and, if they rank queries as well, of documents.
+
+    Collective with `of_documents`: every process must call it. Arguments are those of
+    `find_pair_limits`, and `of_documents` says whether positives rank queries.
+
+    Returns:
+        Limits over `query_BD` x `documents_CD`; None without margins.
+    """
+    limits = find_pair_limits(margins, batch, similarity_M)
+    if limits is None:
+        return None
+    of_columns = batch.gather_of_positives(limits.positive_M) if of_documents else None
+    return Limits(limits.query_B, of_columns, batch.judge)

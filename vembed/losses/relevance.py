@@ -69,6 +69,17 @@ class Relevance:
         own = torch.arange(first, first + rows)
         return cls(own, torch.arange(columns), own, own)
 
+    @classmethod
+    def classes(cls, row_classes: Tensor, column_classes: Tensor) -> Relevance:
+        """A row is related to the columns of its class.
+
+        Args:
+            row_classes: `[R]` int64 on the CPU; each is the class of some column.
+            column_classes: `[C]` int64 on the CPU.
+        """
+        known = torch.unique(row_classes)
+        return cls(row_classes, column_classes, known, known)
+
     def pairs(self, rows: slice) -> tuple[Tensor, Tensor]:
         """Related pairs of some rows: numbers from `rows.start` on, and columns, ascending."""
         keys = self._row_keys[rows]
@@ -125,3 +136,29 @@ class Relevance:
         )
         of_row = torch.zeros(rows, dtype=torch.int64)
         return of_row.index_add(0, self._pair_rows, of_key[self._pair_columns])[self._row_keys]
+
+
+def link_components(left: Tensor, right: Tensor) -> Tensor:
+    """Of each pair (left, right), the number of the connected component that it belongs to.
+
+    Args:
+        left: `[L]` int64 ids on the CPU.
+        right: `[L]` int64 ids, told apart from those on the left also where the numbers are equal.
+
+    Returns:
+        `[L]` int64, from 0.
+    """
+    lefts, from_left = torch.unique(left, return_inverse=True)
+    rights, to_right = torch.unique(right, return_inverse=True)
+    component = torch.arange(len(lefts))
+    while True:
+        # Each side takes the smallest number of its neighbours; then numbers are followed to where
+        # they lead, which halves the length of chains.
+        of_right = torch.full((len(rights),), len(lefts)).scatter_reduce(
+            0, to_right, component[from_left], "amin"
+        )
+        smaller = component.scatter_reduce(0, from_left, of_right[to_right], "amin")
+        smaller = smaller[smaller]
+        if torch.equal(smaller, component):
+            return component[from_left]
+        component = smaller

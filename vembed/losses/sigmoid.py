@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vembed.losses.global_batch import gather_batch
+from vembed.losses.global_batch import gather_batch, require_guide
 from vembed.losses.margins import Margins, find_limits
 from vembed.losses.similarity import (
     clamp_logit_scale,
@@ -30,7 +30,8 @@ class PairwiseSigmoid(nn.Module):
     from 0.1 and -10.
 
     With a margin, N(q) is without the candidates that are too similar to q beside its positives
-    (see `vembed.losses.margins`). What is left out is decided without gradient.
+    (see `vembed.losses.margins`), judged by a guide model's similarities with `guided`. What is
+    left out is decided without gradient.
 
     Attributes:
         logit_scale: The parameter `log(1 / temperature)` when it is learned, else None.
@@ -50,6 +51,7 @@ class PairwiseSigmoid(nn.Module):
         *,
         absolute_margin: float | None = None,
         relative_margin: float | None = None,
+        guided: bool = False,
     ) -> None:
         """Assign and check.
 
@@ -61,8 +63,9 @@ class PairwiseSigmoid(nn.Module):
             tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB.
             absolute_margin: Leave out of a query's negatives what is more similar to it than its
                 most similar positive less this (cosine, from -2 to 2; below zero: more similar by
-                that much). None: nothing.
+                that much). None: nothing, or with `guided` 0.
             relative_margin: The same, less this share of the positive's similarity (-1 to 1).
+            guided: Judge by the guide model's embeddings, which `forward` must then be given.
 
         Raises:
             ConfigError: if temperature, tile size or a margin is out of range.
@@ -72,7 +75,8 @@ class PairwiseSigmoid(nn.Module):
         self.logit_scale = new_logit_scale(temperature, learn_temperature)
         self.temperature = temperature
         self.tile_size = tile_size
-        self.margins = Margins(absolute_margin, relative_margin)
+        self.margins = Margins.of(absolute_margin, relative_margin, guided=guided)
+        self.guided = guided
         if learn_temperature:
             self.logit_bias = nn.Parameter(torch.tensor(float(bias)))
         else:
@@ -92,10 +96,14 @@ class PairwiseSigmoid(nn.Module):
         ids_query: Tensor | None = None,
         ids_positive: Tensor | None = None,
         ids_negative: Tensor | None = None,
+        guide_query: Tensor | None = None,
+        guide_positive: Tensor | None = None,
+        guide_negative: Tensor | None = None,
     ) -> Tensor:
         """The loss of this process's queries. Collective: every process must call it.
 
-        Arguments and errors are those of `gather_batch`.
+        Arguments and errors are those of `gather_batch`; the guide's rows are required when the
+        loss is guided.
 
         Returns:
             A scalar whose mean over processes is the loss of the global batch.
@@ -109,6 +117,9 @@ class PairwiseSigmoid(nn.Module):
                 ids_query=ids_query,
                 ids_positive=ids_positive,
                 ids_negative=ids_negative,
+                guide=require_guide(guide_query, guide_positive, guide_negative)
+                if self.guided
+                else None,
             )
             scale = similarity_scale(self.logit_scale, self.temperature, batch.query_BD)
             bias = self.logit_bias.to(scale.dtype)

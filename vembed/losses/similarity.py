@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,26 @@ def unit_rows(rows: Tensor) -> Tensor:
     """Rows scaled to length one, in float32 or, if they come in it, float64; zero stays zero."""
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     return functional.normalize(wide, dim=-1)
+
+
+def dot_products(rows_RD: Tensor, columns_CD: Tensor) -> Tensor:
+    """`[R, C]`, each row with each column; also backward as precise, inside autocast or not."""
+    products: Tensor = _DotProducts.apply(rows_RD, columns_CD)  # type: ignore[no-untyped-call]
+    return products
+
+
+class _DotProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, columns_CD: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RD, columns_CD)
+        return rows_RD @ columns_CD.T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        rows_RD, columns_CD = ctx.saved_tensors
+        # The caller's autocast is on in backward, and would lower these products.
+        with full_precision(rows_RD.device):
+            return grads[0] @ columns_CD, grads[0].T @ rows_RD
 
 
 def check_temperature(temperature: float, *, learned: bool = False) -> None:

@@ -30,6 +30,7 @@ class SupervisedContrastive(nn.Module):
 
     required_fields = frozenset({"label"})
     takes_tokens = False
+    batch_sampler = "class_balanced"
 
     def __init__(self, temperature: float = 0.05, tile_size: TileSize = "auto") -> None:
         """Assign and check.
@@ -60,11 +61,7 @@ class SupervisedContrastive(nn.Module):
         Raises:
             ConfigError: if the number of labels is not that of the items.
         """
-        if len(labels) != len(query):
-            raise ConfigError(
-                "this loss needs one label per item. Received: "
-                f"{len(query)} items, {len(labels)} labels"
-            )
+        check_labels(query, labels)
         with full_precision(query.device):
             own_BD = unit_rows(query)
             counts = gather_counts(len(query), query.device)
@@ -87,3 +84,20 @@ class SupervisedContrastive(nn.Module):
             num_valid = (partners_Q > 0).sum().clamp(min=1)
             mean: Tensor = loss_B.sum() * process_count() / num_valid
             return mean
+
+
+def check_labels(query: Tensor, labels: Tensor) -> None:
+    """Check labelled items.
+
+    Args:
+        query: `[B, D]`, one row per item.
+        labels: `[B]`.
+
+    Raises:
+        ConfigError: if the number of labels is not that of the items.
+    """
+    if len(labels) != len(query):
+        raise ConfigError(
+            "this loss needs one label per item. Received: "
+            f"{len(query)} items, {len(labels)} labels"
+        )

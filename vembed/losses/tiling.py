@@ -78,18 +78,25 @@ class _SoftplusSum:
 
 @dataclass(frozen=True)
 class Limits:
-    """Similarities `row . column` above which a pair does not count.
-
-    A pair is judged by the similarity that is reduced. Another judge (a guide model) is another
-    pair of matrices here, whose product is compared in the place of the scores.
+    """Similarities `row . column` above which a pair does not count; nothing here has a gradient.
 
     Attributes:
-        row_R: Of each row, without gradient.
+        row_R: Of each row.
         column_C: Of each column, for the reduction over rows.
+        judge: Rows `[R, G]` and columns `[C, G]` of unit length, by whose similarity pairs are
+            judged instead of by that which is reduced: what a guide model makes of the same items.
     """
 
     row_R: Tensor
     column_C: Tensor | None = None
+    judge: Judge | None = None
+
+
+class Judge(NamedTuple):
+    """What pairs are judged by, in the place of what is reduced."""
+
+    rows_RG: Tensor
+    columns_CG: Tensor
 
 
 @dataclass(frozen=True)
@@ -261,7 +268,9 @@ class _Tiling:
     Attributes:
         reduction: What becomes of a row of scores.
         masked: Pairs to leave out.
-        limits: Of each side, scores above which pairs are left out as well; empty: no limits.
+        limits: Of each side, scores (similarities, if there is a judge) above which pairs are left
+            out as well; empty: no limits.
+        judge: See `Limits`.
         tile_size: Rows and columns of a tile.
         comparison: What similarity is.
         sides: 1: rows are reduced; 2: columns are reduced as well.
@@ -270,6 +279,7 @@ class _Tiling:
     reduction: Reduction
     masked: Relevance
     limits: tuple[Tensor, ...]
+    judge: Judge | None
     tile_size: TileSize
     comparison: Comparison
     sides: int
@@ -297,12 +307,17 @@ class _Tiling:
 
     def look(self, tile: _Tile) -> Iterator[_Side]:
         """The tile from each side, with its limits, in that side's room, which it may use up."""
+        judged = None
+        if self.judge is not None:
+            judged = self.judge.rows_RG[tile.rows] @ self.judge.columns_CG[tile.columns].T
         for side, room in enumerate(tile.room):
             if room is not tile.room[-1]:
                 room.copy_(tile.room[-1])
             span, scores = (tile.columns, room.T) if side else (tile.rows, room)
             if self.limits:
-                scores.masked_fill_(scores > self.limits[side][span, None], -math.inf)
+                judged_side = judged if judged is None or not side else judged.T
+                similarity = scores if judged_side is None else judged_side
+                scores.masked_fill_(similarity > self.limits[side][span, None], -math.inf)
             yield _Side(span, scores)
 
 
@@ -373,11 +388,12 @@ def _reduce(
 ) -> tuple[Tensor, ...]:
     """The results of each side."""
     of_sides = [] if limits is None else [limits.row_R, limits.column_C][:sides]
+    judge = None if limits is None else limits.judge
     scale, bias = factors.scale.detach(), factors.bias.detach()
-    scores = tuple(
-        (limit * scale + bias) / reduction.unit for limit in of_sides if limit is not None
-    )
-    tiling = _Tiling(reduction, masked, scores, tile_size, comparison, sides)
+    bounds = tuple(limit for limit in of_sides if limit is not None)
+    if judge is None:
+        bounds = tuple((limit * scale + bias) / reduction.unit for limit in bounds)
+    tiling = _Tiling(reduction, masked, bounds, judge, tile_size, comparison, sides)
     reduced: tuple[Tensor, ...] = _TiledReduction.apply(  # type: ignore[no-untyped-call]
         tiling, *factors
     )

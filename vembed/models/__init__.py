@@ -15,7 +15,7 @@ from vembed.models.model_types import MODEL_TYPES
 from vembed.models.paths import resolve_model_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from vembed.models.protocol import Encoder
 
@@ -38,6 +38,7 @@ def load_encoder(
     pooling_method: str | None = None,
     normalize: bool | None = None,
     projection_dim: int | None = None,
+    keep_layers: int | Sequence[int] | None = None,
     max_seq_length: int | None = None,
     query_prompt: str | None = None,
     document_prompt: str | None = None,
@@ -59,6 +60,7 @@ def load_encoder(
         normalize: Whether vectors have unit length.
         projection_dim: Size of the vectors: a linear layer is added behind a model of another size,
             which starts random and has to be trained.
+        keep_layers: Layers of the backbone to keep: how many, evenly chosen, or which, from 0.
         max_seq_length: Tokens kept of a text, special tokens included.
         query_prompt: Text put before every query; `""` for none.
         document_prompt: Text put before every document; `""` for none.
@@ -89,6 +91,7 @@ def load_encoder(
         "pooling_method": pooling_method,
         "normalize": normalize,
         "projection_dim": projection_dim,
+        "keep_layers": keep_layers,
         "max_seq_length": max_seq_length,
         "query_prompt": query_prompt,
         "document_prompt": document_prompt,

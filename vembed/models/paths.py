@@ -42,6 +42,24 @@ def resolve_model_path(model_name: str, revision: str | None = None) -> str:
     return _hub_folder(model_name, revision)
 
 
+def local_model_path(model_name: str, revision: str | None = None) -> str | None:
+    """As `resolve_model_path`, without the network: None for a hub id that is not in the cache.
+
+    Raises:
+        ConfigError: if a name that is no hub id cannot be found.
+    """
+    is_folder = Path(model_name).expanduser().is_dir()
+    if model_name.startswith("package:") or is_folder or _looks_like_path(model_name):
+        return resolve_model_path(model_name, revision)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return snapshot_download(model_name, revision=revision, local_files_only=True)
+    except (HFValidationError, LocalEntryNotFoundError):
+        return None
+
+
 def _looks_like_path(name: str) -> bool:
     return (
         name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or name[-1] == "/"

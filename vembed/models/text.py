@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from vembed.errors import ConfigError
+from vembed.models import layers
 from vembed.models.checkpoint_format import read_settings
 from vembed.models.model_types import attends_causally
 from vembed.models.options import CHECKPOINT, Choice, choose, origins_of, values_of
@@ -29,6 +31,7 @@ def load_text_encoder(
     pooling_method: str | None = None,
     normalize: bool | None = None,
     projection_dim: int | None = None,
+    keep_layers: int | Sequence[int] | None = None,
     max_seq_length: int | None = None,
     query_prompt: str | None = None,
     document_prompt: str | None = None,
@@ -51,6 +54,8 @@ def load_text_encoder(
         trust_remote_code=trust_remote_code,
         quantization=quantization,
     )
+    if keep_layers is not None:
+        layers.keep_layers(backbone, keep_layers)
     tokenizer = load_tokenizer(
         stored.backbone_folder,
         do_lower_case=stored.do_lower_case,

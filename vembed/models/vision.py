@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vembed.errors import ConfigError
+from vembed.models import layers
 from vembed.models.checkpoint_format import NO_POOLING, OWN_POOLING, read_settings
 from vembed.models.image_processor import ImageProcessor, load_image_processor
 from vembed.models.options import Choice, choose, origins_of
@@ -32,6 +34,7 @@ def load_vision_encoder(
     pooling_method: str | None = None,
     normalize: bool | None = None,
     projection_dim: int | None = None,
+    keep_layers: int | Sequence[int] | None = None,
     torch_dtype: str = "float32",
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -56,6 +59,8 @@ def load_vision_encoder(
         trust_remote_code=trust_remote_code,
         quantization=quantization,
     )
+    if keep_layers is not None:
+        layers.keep_layers(backbone, keep_layers)
     pooling = _choose_pooling(pooling_method, stored.pooling_method, backbone)
     check_token_rules(pooling, stored)
     chosen_normalize = choose(normalize, stored.normalize, True)

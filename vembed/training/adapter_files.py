@@ -16,12 +16,9 @@ from torch import Tensor, nn
 
 from vembed.errors import CheckpointError, ConfigError
 from vembed.training.adapters import adapters_of, is_in_head
-from vembed.training.parameters import LOSS, matches
+from vembed.training.parameters import matches
 
 logger = logging.getLogger(__name__)
-
-ADAPTER_FOLDER = "adapter"
-"""In the folder of a saved model."""
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"
@@ -36,20 +33,16 @@ _PEFT_NAMES = {
 }  # fmt: skip
 
 
-def save_adapters(
-    folder: Path, encoder: nn.Module, criterion: Any = None, *, later: Collection[str] = ()
-) -> None:
+def save_adapters(folder: Path, encoder: nn.Module, *, later: Collection[str] = ()) -> None:
     """Write what was trained, without the base model: loads with peft on it.
 
     Writes `adapter_model.safetensors` and `adapter_config.json` as peft does, with several
     backbones in a folder each, and `heads.safetensors`: parameters of the encoder outside its
-    backbones, such as projections, what trains in a backbone without adapters, and the parameters
-    of the loss.
+    backbones, such as projections, and what trains in a backbone without adapters.
 
     Args:
         folder: Made when missing.
         encoder: With adapters.
-        criterion: The loss.
         later: Patterns of parameters that train from a later step on (`unfreeze_at_step`).
     """
     from peft import get_peft_model_state_dict
@@ -65,7 +58,7 @@ def save_adapters(
         if isinstance(settings.target_modules, set):
             settings.target_modules = sorted(settings.target_modules)  # a set has no fixed order
         settings.save_pretrained(str(target))
-    heads = _heads(encoder, later) | _of_loss(criterion)
+    heads = _heads(encoder, later)
     if heads:
         _save(heads, folder / _HEADS_FILE)
 
@@ -97,21 +90,11 @@ def load_adapters(folder: Path, encoder: nn.Module) -> None:
         sources = [folder_of(folder, name, adapters) for name in adapters]
         _tell_missing_heads(folder, needed, ours=any(map(_is_ours, sources)))
         return
-    stored = {n: t for n, t in _load(folder / _HEADS_FILE).items() if not n.startswith(LOSS)}
+    stored = _load(folder / _HEADS_FILE)
     # What was trained once and is frozen now comes back as well.
     chosen = {n: p for n, p in _outside_adapters(encoder) if n in needed or n in stored}
     _check_same_tensors(folder / _HEADS_FILE, stored, chosen)
     _copy(stored, chosen)
-
-
-def load_loss(folder: Path, criterion: Any) -> None:
-    """Take up the loss's own parameters, such as a learned temperature, if they were kept."""
-    own = _of_loss(criterion)
-    if own and (folder / _HEADS_FILE).is_file():
-        stored = {n: t for n, t in _load(folder / _HEADS_FILE).items() if n.startswith(LOSS)}
-        if stored:
-            _check_same_tensors(folder / _HEADS_FILE, stored, own)
-            _copy(stored, own)
 
 
 def folder_of(folder: Path, name: str, adapters: Mapping[str, Any]) -> Path:
@@ -140,12 +123,6 @@ def _outside_adapters(encoder: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in encoder.named_parameters():
         if not name.startswith(adapted):
             yield name, parameter
-
-
-def _of_loss(criterion: Any) -> dict[str, nn.Parameter]:
-    if not isinstance(criterion, nn.Module):
-        return {}
-    return {LOSS + name: parameter for name, parameter in criterion.named_parameters()}
 
 
 def _tell_missing_heads(folder: Path, needed: Collection[str], *, ours: bool) -> None:

@@ -33,6 +33,7 @@ from vembed.training.run import (
     check_output_dir,
     describe_run,
     raise_problems,
+    require_taught,
 )
 from vembed.training.run_data import Rows, RunData, build_quarantine, load_rows, load_run_data
 from vembed.training.training_loop import optimizer_step
@@ -113,6 +114,7 @@ def check_run(config: TrainConfig, on_stage: OnStage) -> CheckResult:
     rows = _read_training_rows(config, quarantine, on_stage)
     on_stage("reading validation and test rows", None)
     data = load_run_data(config, quarantine)
+    require_taught(config, data)
     inspection = None
     if isinstance(rows, RecordDataset):
         inspection = _inspect(rows, encoder, config, on_stage)

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from vembed.config import TrainConfig
 from vembed.distributed import any_process
 from vembed.errors import CheckpointError
-from vembed.training.adapter_files import ADAPTER_FOLDER, save_adapters
+from vembed.training.adapter_files import save_adapters
 from vembed.training.adapter_gate import Probe, check_saved
 from vembed.training.adapters import adapters_of
+from vembed.training.loss_files import ADAPTER_FOLDER, save_losses
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,8 @@ def save_checkpoint(
     processor: Any = None,
     config: TrainConfig | Mapping[str, Any] | None = None,
     *,
-    criterion: Any = None,
+    losses: Mapping[str, Tensor] | None = None,
+    resumable: bool = False,
     probe: Probe | None = None,
     check_merge: bool = True,
 ) -> None:
@@ -51,7 +53,9 @@ def save_checkpoint(
         processor: Tokenizer or image processor to save beside the model, when it is not the
             encoder's own, which is always saved.
         config: Settings of the run, kept in `vembed_config.json` for the reader.
-        criterion: The loss, whose own parameters are kept with adapters.
+        losses: What the losses have learned, as `loss_state` gives it. Kept where adapters are
+            saved, which go on training, among them.
+        resumable: Keep it without adapters, too.
         probe: What to compare on; None for a list of texts.
         check_merge: Whether to compare; see `adapter_gate` for what it costs.
 
@@ -70,8 +74,10 @@ def save_checkpoint(
                 if check_merge:
                     check_saved(encoder, folder, probe, settings, name=str(path))
                 if settings.save_adapter and adapters_of(encoder):
-                    later = settings.unfreeze_at_step
-                    save_adapters(folder / ADAPTER_FOLDER, encoder, criterion, later=later)
+                    save_adapters(folder / ADAPTER_FOLDER, encoder, later=settings.unfreeze_at_step)
+                    save_losses(folder / ADAPTER_FOLDER, losses or {})
+                elif resumable:
+                    save_losses(folder, losses or {})
         except Exception as error:
             failure = error
     if any_process(failure is not None, accelerator.device):

@@ -21,6 +21,9 @@ from vembed.modes import IMAGE, TEXT, RetrievalMode
 
 ROLES = ("query", "positive", "negative")
 TEACHER_PREFIX = "teacher_"
+TEACHER_VECTORS = "teacher_{role}_vectors"
+"""Key of a teacher's embeddings of a role, `[rows, size]`, in a batch that comes with them."""
+GUIDE_PREFIX = "guide_"
 
 _PREFIXES = {
     "query": ("query_",),
@@ -66,11 +69,28 @@ def unpack_extras(batch: Mapping[str, Any]) -> dict[str, Any]:
     Of a borrowed row, nothing: tensors and lists without entries.
     """
     prefixes = sum(_PREFIXES.values(), ())
-    inputs = (*prefixes, *(f"{TEACHER_PREFIX}{prefix}" for prefix in prefixes))
+    inputs = (*prefixes, *(f"{TEACHER_PREFIX}{prefix}" for prefix in prefixes), GUIDE_PREFIX)
     extras = {key: value for key, value in batch.items() if not key.startswith(inputs)}
     if extras.pop(BORROWED, False):
         return {key: value[:0] for key, value in extras.items()}
     return extras
+
+
+def teacher_batch(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch that the teacher reads: its own inputs, or the student's where it has none.
+
+    Without the prefix. A teacher that embeds one side only has inputs of that side.
+    """
+    known = tuple(f"{TEACHER_PREFIX}{role}_" for role in (*ROLES, "lengths"))
+    own = {k.removeprefix(TEACHER_PREFIX): v for k, v in batch.items() if k.startswith(known)}
+    return own or batch
+
+
+def teacher_vectors(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The teacher's embeddings by role that came with the batch; none where it has to make them."""
+    keys = {role: TEACHER_VECTORS.format(role=role) for role in ROLES}
+    given = {role: batch[key] for role, key in keys.items() if key in batch}
+    return own_rows(given, batch)
 
 
 def own_rows(embeddings: dict[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:

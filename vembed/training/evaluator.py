@@ -32,6 +32,7 @@ from vembed.training.data_utils import (
     unpack_roles,
 )
 from vembed.training.gradient_cache import GradientCache
+from vembed.training.guide import Guide
 from vembed.training.objective import Objective
 from vembed.training.trackers import log_to_trackers
 
@@ -68,6 +69,7 @@ class Evaluator:
         *,
         task: EvalTask | None = None,
         chunk_tokens: int = DEFAULT_CHUNK_TOKENS,
+        guide: Guide | None = None,
     ) -> None:
         """Assign.
 
@@ -80,6 +82,7 @@ class Evaluator:
                 that the Accelerator has started.
             task: What to measure beside the loss.
             chunk_tokens: Padded tokens per forward.
+            guide: Embeds each batch for a guided criterion.
         """
         self.model = model
         self.accelerator = accelerator
@@ -87,6 +90,7 @@ class Evaluator:
         self.log_with = log_with
         self.task = task
         self.chunk_tokens = chunk_tokens
+        self._guide = guide
         self._objective = Objective(criterion)
 
     def evaluate(self, val_dataloader: Iterable[Mapping[str, Any]], global_step: int = 0) -> float:
@@ -133,8 +137,11 @@ class Evaluator:
                 lengths=row_lengths(placed, inputs),
             )
             embeddings = own_rows(embeddings, batch)
+            extras = unpack_extras(placed)
+            if self._guide is not None:
+                extras |= self._guide.embed(placed)
             with torch.no_grad():
-                loss = self._objective(embeddings, unpack_extras(placed)).total
+                loss = self._objective(embeddings, extras).total
             # The mean of `loss` over processes is the mean over the queries of all of them.
             own = len(embeddings["query"])
             rows = sum(gather_counts(own, device)) / self.accelerator.num_processes

@@ -135,7 +135,7 @@ class GradientCache:
         loss = objective(leaves)
         backward(loss.total)
         _backward_chunks(chunks, encode, inputs, leaves)
-        return StepLoss(loss.total.detach(), loss.parts)
+        return StepLoss(loss.total.detach(), loss.parts, loss.weights)
 
     def embed(
         self,

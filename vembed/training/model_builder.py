@@ -13,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vembed.config import SettingsError, TrainConfig, find_conflicts
 from vembed.errors import ConfigError
-from vembed.models import compose_encoder, load_encoder
+from vembed.models import compose_encoder, load_encoder, resolve_model_path
 from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.composed import ComposedEncoder
+from vembed.models.cross_encoder import is_cross_encoder
 from vembed.models.quantization import check_quantization
 from vembed.models.towers import TOWERS
 from vembed.modes import RetrievalMode
@@ -83,6 +84,7 @@ def _load(config: TrainConfig) -> Encoder:
         config.model_name,
         encoder_mode=config.encoder_mode,
         pooling_method=config.pooling_method,
+        keep_layers=config.keep_layers,
         revision=config.revision,
         **options,
     )
@@ -138,9 +140,16 @@ def build_teacher_model(config: TrainConfig | Mapping[str, Any]) -> Encoder | No
     config = TrainConfig.coerce(config)
     if config.teacher_model_name is None:
         return None
+    path = resolve_model_path(config.teacher_model_name, config.teacher_revision)
+    if is_cross_encoder(path):
+        raise ConfigError(
+            f"teacher_model_name: {config.teacher_model_name} is a cross-encoder, which scores "
+            "pairs and embeds nothing. Set teacher_cache, and run `vembed teach` first"
+        )
     teacher = load_encoder(
         config.teacher_model_name,
-        torch_dtype=config.torch_dtype,
+        revision=config.teacher_revision,
+        torch_dtype=config.teacher_dtype or config.torch_dtype,
         attn_implementation=config.attn_implementation,
     )
     if teacher.pooling_method == NO_POOLING:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from vembed.errors import ConfigError
+from vembed.losses.distillation.weighted import Term, WeightedDistillation
 from vembed.registry import accepted_arguments
 
 Embeddings = dict[str, Tensor]
@@ -25,16 +26,20 @@ class StepLoss:
     Attributes:
         total: Scalar to differentiate. Its mean over processes is the loss of the global batch.
         parts: Named terms, detached scalars, for the log.
+        weights: What each of them is multiplied by in the total.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 class Objective:
-    """The criterion on the student's embeddings, mixed with a distillation term where there is one.
+    """The criterion on the student's embeddings, mixed with distillation where there is some.
 
-    `total = alpha * task + (1 - alpha) * distillation`.
+    `total = alpha * task + (1 - alpha) * distillation`, where distillation is one term or the
+    weighted sum of several. Every term is a scalar whose mean over processes is that of the global
+    batch, so that their ratio does not depend on the number of processes.
     """
 
     def __init__(
@@ -54,6 +59,11 @@ class Objective:
         self.criterion = criterion
         self.distillation_loss_fn = distillation_loss_fn
         self.alpha = alpha
+        self._distillation: WeightedDistillation | None = None
+        if isinstance(distillation_loss_fn, WeightedDistillation):
+            self._distillation = distillation_loss_fn
+        elif distillation_loss_fn is not None:
+            self._distillation = WeightedDistillation([Term("distillation", distillation_loss_fn)])
 
     def __call__(
         self,
@@ -66,18 +76,28 @@ class Objective:
         Args:
             student: Embeddings by role, with gradient.
             extras: What the batch says about its rows: ids, counts, labels, scores.
-            teacher: The teacher's embeddings by role; required when there is a distillation term.
+            teacher: The teacher's embeddings by role, of all of them or some. A distillation term
+                needs them, or the `teacher_scores` of the rows.
         """
         task = self._call(self.criterion, student, extras)
-        if self.distillation_loss_fn is None:
-            return StepLoss(task, {"task": task.detach()})
-        if teacher is None:
-            raise ConfigError("distillation_loss_fn is set but no teacher embeddings were given")
-        offered = accepted_arguments(_signature_of(self.distillation_loss_fn), extras)
-        distillation = self.distillation_loss_fn(student, teacher, **offered)
-        total = self.alpha * task + (1 - self.alpha) * distillation
-        parts = {"task": task.detach(), "distillation": distillation.detach()}
-        return StepLoss(total, parts)
+        if self._distillation is None:
+            return StepLoss(task, {"task": task.detach()}, {"task": 1.0})
+        if teacher is None and "teacher_scores" not in extras:
+            raise ConfigError(
+                "distillation_loss_fn is set, but there are neither teacher embeddings nor "
+                "teacher_scores. Give a teacher_model, or rows that say what the teacher said"
+            )
+        terms = {"task": task}
+        for name, value in self._distillation.each(student, teacher or {}, extras).items():
+            # As for the task: a mean over no rows counts for nothing.
+            terms[name] = value if len(student["query"]) else value.nan_to_num()
+        share = 1 - self.alpha
+        weights = {
+            "task": self.alpha,
+            **{name: share * weight for name, weight in self._distillation.weights.items()},
+        }
+        total: Tensor = sum(weights[name] * value for name, value in terms.items())  # type: ignore[assignment]
+        return StepLoss(total, {name: value.detach() for name, value in terms.items()}, weights)
 
     @staticmethod
     def _call(

@@ -16,6 +16,7 @@ from vembed.config import TrainConfig
 from vembed.errors import ConfigError
 from vembed.registry import check_arguments, did_you_mean, resolve
 from vembed.training.parameters import (
+    DISTILLATION,
     LOSS,
     check_patterns,
     last_match,
@@ -51,8 +52,9 @@ def build_optimizer(
     model: nn.Module,
     config: TrainConfig | Mapping[str, Any],
     criterion: Any = None,
+    distillation_loss_fn: Any = None,
 ) -> Optimizer:
-    """An optimizer over every trainable parameter of the model and of the loss.
+    """An optimizer over every trainable parameter of the model and of the losses.
 
     Weight decay spares vectors and scalars: biases, norms, class tokens, the temperature. A
     learning rate is `lr`, times `layerwise_lr_decay` for each layer above the parameter, times the
@@ -63,19 +65,21 @@ def build_optimizer(
         config: Reads `optimizer`, `optimizer_betas`, `optimizer_eps`, `optimizer_kwargs`, `lr`,
             `lr_groups`, `layerwise_lr_decay`, `weight_decay`.
         criterion: The loss, whose own parameters, such as a temperature, train too if it has any.
+        distillation_loss_fn: Likewise, such as a projection to the teacher's size.
 
     Raises:
         ConfigError: if the optimizer is unknown, its arguments do not fit, nothing is trainable, or
             a pattern of `lr_groups` matches nothing.
     """
     config = TrainConfig.coerce(config)
-    if not trainable_parameters(model, criterion):
+    if not trainable_parameters(model, criterion, distillation_loss_fn):
         raise ConfigError(
             "build_optimizer: the model has no trainable parameter; is it all frozen?"
         )
     factory = resolve("optimizer", config.optimizer, OPTIMIZERS)
     arguments = _optimizer_arguments(factory, config)
-    groups = _parameter_groups(model, criterion, config, base_lr=arguments.get("lr", config.lr))
+    parts = (model, criterion, distillation_loss_fn)
+    groups = _parameter_groups(parts, config, base_lr=arguments.get("lr", config.lr))
     check_arguments(f"optimizer {config.optimizer!r}", factory, {"params": groups, **arguments})
     optimizer: Optimizer = factory(groups, **arguments)
     return optimizer
@@ -112,18 +116,18 @@ def _optimizer_arguments(factory: Any, config: TrainConfig) -> dict[str, Any]:
 
 
 def _parameter_groups(
-    model: nn.Module, criterion: Any, config: TrainConfig, *, base_lr: float
+    parts: tuple[nn.Module, Any, Any], config: TrainConfig, *, base_lr: float
 ) -> list[dict[str, Any]]:
     """Parameters by learning rate and weight decay; those of the base rate come first.
 
     Parameters that FSDP2 shares out are not updated together with those that it leaves whole, so
     they are never in one group.
     """
-    rates = _learning_rates(model, criterion, config, base_lr=base_lr)
+    rates = _learning_rates(parts, config, base_lr=base_lr)
     groups: dict[tuple[bool, bool, float, bool], list[nn.Parameter]] = {}
-    for name, parameter in named_parameters(model, criterion):
+    for name, parameter in named_parameters(*parts):
         if parameter.requires_grad:
-            is_whole = parameter.ndim == 0 or name.startswith(LOSS)
+            is_whole = parameter.ndim == 0 or name.startswith((LOSS, DISTILLATION))
             rate, is_spared = rates[name], _is_vector(parameter)
             key = (rate != base_lr, is_whole, -rate, is_spared)
             groups.setdefault(key, []).append(parameter)
@@ -140,13 +144,13 @@ def _is_vector(parameter: nn.Parameter) -> bool:
 
 
 def _learning_rates(
-    model: nn.Module, criterion: Any, config: TrainConfig, *, base_lr: float
+    parts: tuple[nn.Module, Any, Any], config: TrainConfig, *, base_lr: float
 ) -> dict[str, float]:
     """The peak learning rate of each trainable parameter, by visible name."""
-    trained = {n: p for n, p in named_parameters(model, criterion) if p.requires_grad}
+    trained = {n: p for n, p in named_parameters(*parts) if p.requires_grad}
     check_patterns("lr_groups", config.lr_groups, list(trained), kind="trainable parameter")
     decay = config.layerwise_lr_decay
-    depths = {} if decay is None else layers_above(model)
+    depths = {} if decay is None else layers_above(parts[0])
     rates = {}
     for name, parameter in trained.items():
         rate = base_lr * (decay or 1.0) ** depths.get(id(parameter), 0)

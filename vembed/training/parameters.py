@@ -17,6 +17,9 @@ _Value = TypeVar("_Value")
 LOSS = "loss."
 """What the names of the loss's own parameters begin with, as in `loss.logit_scale`."""
 
+DISTILLATION = "distillation."
+"""The same for the distillation loss."""
+
 # What peft puts around the module that it adapts, or trains a copy of.
 _WRAPPING = re.compile(r"\.(base_layer|modules_to_save\.default)(?=\.)")
 _ADAPTER_NAME = re.compile(r"(\.lora_\w+)\.default(?=\.|$)")
@@ -34,13 +37,16 @@ def visible_name(name: str) -> str:
     return _ADAPTER_NAME.sub(r"\1", _WRAPPING.sub("", plain)).removeprefix(".")
 
 
-def named_parameters(model: nn.Module, criterion: Any = None) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters of the model and of the loss, if it has any, by visible name, in a fixed order."""
+def named_parameters(
+    model: nn.Module, criterion: Any = None, distillation_loss_fn: Any = None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of the model, and of losses that have any, by visible name, in a fixed order."""
     for name, parameter in model.named_parameters():
         yield visible_name(name), parameter
-    if isinstance(criterion, nn.Module):
-        for name, parameter in criterion.named_parameters():
-            yield LOSS + name, parameter
+    for prefix, loss in ((LOSS, criterion), (DISTILLATION, distillation_loss_fn)):
+        if isinstance(loss, nn.Module):
+            for name, parameter in loss.named_parameters():
+                yield prefix + name, parameter
 
 
 def matches(name: str, pattern: str) -> bool:

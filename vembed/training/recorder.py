@@ -148,9 +148,10 @@ class Recorder:
         means = all_reduce_mean(torch.stack(columns)).tolist()
         grad_norm = torch.stack([norm.float() for _, norm in self._window]).mean()
         parts = {f"loss_{n}": m for n, m in zip(names, means[1:], strict=True)}
+        weights = {f"weight_{name}": weight for name, weight in outputs[-1].weights.items()}
         return {
             "loss": means[0],
-            **(parts if len(parts) > 1 else {}),
+            **(parts | weights if len(parts) > 1 else {}),
             "grad_norm": float(grad_norm),
         }
 

@@ -6,6 +6,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,33 @@ from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 
 from vembed.config import TrainConfig, check
-from vembed.data import RecordDataset
+from vembed.data import Collator, RecordDataset
 from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import (
     DEFAULT_TEMPERATURE,
+    LOSSES,
+    Criterion,
     build_criterion,
-    build_distillation_loss,
     check_embeddings,
     check_row_fields,
+    check_scores,
     missing_fields,
 )
 from vembed.models import load_encoder
 from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode, all_modes
-from vembed.training.adapter_files import load_loss
+from vembed.registry import accepted_arguments, resolve
 from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
+from vembed.training.guide import Collate, Guide, build_guide
 from vembed.training.launch_check import check_process_count, check_strategy
 from vembed.training.learned_scale import resolve_temperature
-from vembed.training.model_builder import apply_lora, build_model, build_teacher_model
+from vembed.training.loss_files import load_losses
+from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.optimizer_builder import (
     build_optimizer,
     build_scheduler,
@@ -48,11 +53,12 @@ from vembed.training.outcome import RunResult, prove, report, show
 from vembed.training.parts import describe_trainable
 from vembed.training.run_data import (
     RunData,
-    build_collator,
     build_train_loader,
     build_validation_loader,
     load_run_data,
 )
+from vembed.training.teaching.build import build_teaching, check_distillation_fields
+from vembed.training.teaching.cache import TeacherCache
 from vembed.training.trackers import start_trackers, stop_trackers
 from vembed.training.trainer import Trainer
 from vembed.training.training_loop import BEST, FINAL, StepPlan
@@ -78,6 +84,7 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     encoder = build_model(config).to(accelerator.device)
     check_mode(encoder, config)
     data = _load_in_turn(config, accelerator)
+    require_taught(config, data)
     apply_lora(encoder, config, accelerator)
     trainer = build_trainer(config, accelerator, encoder, data)
     _claim_output_dir(config, accelerator)
@@ -151,15 +158,27 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def check_mode(encoder: Encoder, config: TrainConfig) -> None:
-    """Raise ConfigError unless the encoder can embed both sides of the retrieval mode."""
+def check_mode(encoder: Encoder, config: TrainConfig, label: str | None = None) -> None:
+    """Raise ConfigError unless the encoder can embed both sides of the retrieval mode.
+
+    Args:
+        encoder: The model to train, or another that sees the same rows.
+        config: The settings.
+        label: What that other is called.
+    """
     mode = RetrievalMode.parse(config.retrieval_mode)
     if not {mode.query, mode.document} <= encoder.modalities:
         fitting = ", ".join(str(m) for m in all_modes(encoder.modalities))
         raise ConfigError(
-            f"retrieval_mode: {mode} does not fit {config.model_label!r} (model_type "
+            f"retrieval_mode: {mode} does not fit {label or config.model_label!r} (model_type "
             f"{encoder.model_type}), which can do: {fitting}"
         )
+
+
+def require_taught(config: TrainConfig, data: RunData) -> None:
+    """Raise ConfigError if `teacher_cache` lacks an item of the training rows."""
+    if config.teacher_cache is not None:
+        TeacherCache.open(config).require(data.train)
 
 
 def check_output_dir(config: TrainConfig) -> None:
@@ -184,28 +203,22 @@ def build_trainer(
             not have.
     """
     resolve_temperature(config, encoder)
-    criterion = build_criterion(
-        config.loss_type,
-        temperature=config.temperature or DEFAULT_TEMPERATURE,
-        learn_temperature=bool(config.learn_temperature),
-        bidirectional=config.loss_bidirectional,
-        tile_size=config.loss_tile_size,
-        **config.loss_kwargs,
-    )
+    criterion = build_loss(config, encoder, data)
+    data = _with_training_labels(data, criterion)
+    guide = build_guide(config)
+    teaching = build_teaching(config, encoder)
+    check_distillation_fields(teaching, data.train.fields)
     if config.adapter_path is not None:
-        load_loss(Path(config.adapter_path), criterion)
-    check_embeddings(criterion, tokens=encoder.pooling_method == NO_POOLING)
-    check_row_fields(criterion, data.train.fields)
-    if "score" in data.train.fields and "score" not in getattr(criterion, "required_fields", ()):
-        logger.warning(
-            "every row has a score, which loss_type %s does not look at: pairs of a low score "
-            "train as positives too. loss_type: cosent uses it",
-            config.loss_type,
-        )
-    teacher = build_teacher_model(config)
-    collate = build_collator(encoder, teacher)
-    train_loader = build_train_loader(config, data, collate, accelerator)
-    optimizer = build_optimizer(encoder, config, criterion)
+        load_losses(config.adapter_path, criterion, teaching.loss, missing_ok=True)
+    collate: Collate = teaching.collator(encoder)
+    val_collate: Collate = Collator(encoder.processor)
+    if guide is not None:
+        check_mode(guide.encoder, config, label=config.guide_model_name)
+        collate, val_collate = guide.collator(collate), guide.collator(val_collate)
+    train_loader = build_train_loader(
+        config, data, collate, accelerator, batch_sampler=choose_batch_sampler(config, criterion)
+    )
+    optimizer = build_optimizer(encoder, config, criterion, teaching.loss)
     trainer = Trainer(
         model=encoder,
         optimizer=optimizer,
@@ -213,12 +226,11 @@ def build_trainer(
         criterion=criterion,
         accelerator=accelerator,
         config=config,
-        teacher_model=teacher,
-        distillation_loss_fn=None if teacher is None else build_distillation_loss(
-            "similarity_kl", temperature=config.distillation_temperature
-        ),
-        evaluator=_build_evaluator(config, accelerator, encoder, criterion, data),
-        val_dataloader=_build_validation_loader(config, data, collate, accelerator, criterion),
+        teacher_model=teaching.model,
+        distillation_loss_fn=teaching.loss,
+        evaluator=_build_evaluator(config, accelerator, encoder, criterion, data, guide=guide),
+        val_dataloader=_build_validation_loader(config, data, val_collate, accelerator, criterion),
+        guide=guide,
     )  # fmt: skip
     plan = StepPlan.of(trainer)
     trainer.scheduler, _ = build_scheduler(
@@ -234,6 +246,71 @@ def build_trainer(
                 plan.total,
             )
     return trainer
+
+
+def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterion:
+    """The loss that the settings ask for, which fits the rows.
+
+    Raises:
+        ConfigError: if it needs row fields that the data does not have, or other scores.
+    """
+    rows = data.train
+    loss = resolve("loss_type", config.loss_type, LOSSES)
+    check_row_fields(loss, rows.fields)
+    criterion = build_criterion(
+        config.loss_type,
+        temperature=config.temperature or DEFAULT_TEMPERATURE,
+        learn_temperature=bool(config.learn_temperature),
+        bidirectional=config.loss_bidirectional,
+        tile_size=config.loss_tile_size,
+        guided=config.guide_model_name is not None,
+        num_classes=len(rows.label_names) or None if isinstance(rows, RecordDataset) else None,
+        embedding_dim=getattr(encoder, "embedding_dim", None),
+        **config.loss_kwargs,
+    )
+    check_embeddings(criterion, tokens=encoder.pooling_method == NO_POOLING)
+    # Which fields it needs may hang on its arguments.
+    check_row_fields(criterion, rows.fields)
+    uses_scores = "score" in getattr(criterion, "required_fields", ())
+    if "score" not in rows.fields:
+        return criterion
+    if not uses_scores:
+        logger.warning(
+            "every row has a score, which loss_type %s does not look at: pairs of a low score "
+            "train as positives too. loss_type: cosent uses it",
+            config.loss_type,
+        )
+    elif isinstance(rows, RecordDataset):
+        check_scores(criterion, **rows.score_bounds._asdict())
+    return criterion
+
+
+def choose_batch_sampler(config: TrainConfig, criterion: Criterion) -> str:
+    """How rows are put into batches: as the user says, or as the loss needs it."""
+    if config.batch_sampler != "auto":
+        return config.batch_sampler
+    needed = getattr(criterion, "batch_sampler", "random")
+    if config.streaming and needed != "random":
+        logger.warning(
+            "loss_type %s wants batches that are %s, which a stream cannot give: they are made of "
+            "rows as they come",
+            config.loss_type,
+            needed,
+        )
+        return "random"
+    return str(needed)
+
+
+def _with_training_labels(data: RunData, criterion: Criterion) -> RunData:
+    """Validation rows with the class numbers of the training rows, for a loss that has classes.
+
+    Raises:
+        DataError: if a label of the validation rows is not among those of the training rows.
+    """
+    has_classes = bool(accepted_arguments(type(criterion), {"num_classes": None}))
+    if data.validation is None or not has_classes or not isinstance(data.train, RecordDataset):
+        return data
+    return replace(data, validation=data.validation.with_labels_of(data.train))
 
 
 def chosen_model(output_dir: Path) -> Path:
@@ -267,7 +344,13 @@ def describe_run(trainer: Trainer, encoder: Encoder, data: RunData) -> dict[str,
 
 
 def _build_evaluator(
-    config: TrainConfig, accelerator: Accelerator, encoder: Encoder, criterion: Any, data: RunData
+    config: TrainConfig,
+    accelerator: Accelerator,
+    encoder: Encoder,
+    criterion: Any,
+    data: RunData,
+    *,
+    guide: Guide | None,
 ) -> Evaluator | None:
     if data.validation is None:
         return None
@@ -279,6 +362,7 @@ def _build_evaluator(
         log_with=config.report_to or None,
         task=data.validation_task,
         chunk_tokens=config.chunk_tokens,
+        guide=guide,
     )
 
 

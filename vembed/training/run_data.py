@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +14,9 @@ from torch.utils.data import DataLoader
 from vembed.config import TrainConfig
 from vembed.data import (
     BadRecord,
-    Collator,
     ImageRules,
     OnProgress,
     Quarantine,
-    Record,
     RecordDataset,
     StreamingRecordDataset,
     build_dataloader,
@@ -27,9 +25,7 @@ from vembed.data import (
 )
 from vembed.data.file_names import data_folder, file_name_warning, is_image_name
 from vembed.evaluation import EvalTask, load_eval_task, task_from_records
-from vembed.models.protocol import Encoder
 from vembed.modes import Item, RetrievalMode
-from vembed.training.data_utils import ROLES, TEACHER_PREFIX
 from vembed.training.overlap import find_overlap
 
 _SAMPLE_ROWS = 500
@@ -189,9 +185,22 @@ def load_task(
 
 
 def build_train_loader(
-    config: TrainConfig, data: RunData, collate: Callable[..., Any], accelerator: Accelerator
+    config: TrainConfig,
+    data: RunData,
+    collate: Callable[..., Any],
+    accelerator: Accelerator,
+    *,
+    batch_sampler: str = "random",
 ) -> DataLoader[Any]:
-    """Batches to train on: this process's share of every global batch."""
+    """Batches to train on: this process's share of every global batch.
+
+    Args:
+        config: The settings.
+        data: The rows.
+        collate: Makes a batch of records.
+        accelerator: Says which of how many processes this is.
+        batch_sampler: How rows are put together; see `vembed.data.BATCH_SAMPLERS`.
+    """
     return build_dataloader(
         data.train,
         collate,
@@ -202,6 +211,8 @@ def build_train_loader(
         num_workers=config.num_workers,
         drop_last=config.drop_last,
         shuffle_buffer_size=config.shuffle_buffer_size,
+        batch_sampler=batch_sampler,
+        batch_sampler_kwargs=config.batch_sampler_kwargs,
     )
 
 
@@ -222,27 +233,3 @@ def build_validation_loader(
         drop_last=False,
         shuffle=False,
     )
-
-
-def build_collator(encoder: Encoder, teacher: Encoder | None) -> Callable[[list[Record]], Any]:
-    """Makes batches for the student, with the teacher's inputs beside them if there is one."""
-    student = Collator(encoder.processor)
-    return student if teacher is None else TeacherCollator(student, Collator(teacher.processor))
-
-
-class TeacherCollator:
-    """Adds the teacher's own inputs under `teacher_...`: it may have another tokenizer."""
-
-    def __init__(self, student: Collator, teacher: Collator) -> None:
-        """Assign."""
-        self.student = student
-        self.teacher = teacher
-
-    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The student's batch and the teacher's inputs and lengths."""
-        inputs = tuple(f"{role}_" for role in ROLES) + ("lengths_",)
-        own = {k: v for k, v in self.teacher(list(records)).items() if k.startswith(inputs)}
-        return {
-            **self.student(list(records)),
-            **{f"{TEACHER_PREFIX}{key}": value for key, value in own.items()},
-        }

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,17 +23,19 @@ from vembed.distributed import reduce_gradients
 from vembed.errors import ConfigError
 from vembed.training.adapter_gate import AdapterWatch, Probe
 from vembed.training.data_utils import (
-    TEACHER_PREFIX,
     Inputs,
     maybe_first,
     own_rows,
     row_lengths,
+    teacher_batch,
+    teacher_vectors,
     unpack_extras,
     unpack_roles,
 )
 from vembed.training.evaluator import Evaluator
 from vembed.training.freezing import Unfreezing
 from vembed.training.gradient_cache import GradientCache
+from vembed.training.guide import Guide
 from vembed.training.learned_scale import keep_in_model
 from vembed.training.model_builder import enable_static_graph
 from vembed.training.objective import Embeddings, Objective, StepLoss
@@ -57,10 +59,17 @@ _SUPPORTED = {
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step leaves behind beside the gradients: detached scalars of this process."""
+    """What a step leaves behind beside the gradients: detached scalars of this process.
+
+    Attributes:
+        loss: What was differentiated.
+        parts: Its terms by name.
+        weights: What each term is multiplied by.
+    """
 
     loss: Tensor
     parts: dict[str, Tensor]
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 class Trainer:
@@ -86,6 +95,8 @@ class Trainer:
         distillation_loss_fn: Callable[..., Tensor] | None = None,
         evaluator: Evaluator | None = None,
         val_dataloader: Iterable[Batch] | None = None,
+        *,
+        guide: Guide | None = None,
     ) -> None:
         """Assign and check.
 
@@ -98,16 +109,20 @@ class Trainer:
             config: Settings of the run, or a plain dict of them.
             scheduler: Advanced once per optimizer step; None keeps the learning rate.
             teacher_model: Frozen encoder to distil from.
-            distillation_loss_fn: `fn(student, teacher, **extras)`; required with a teacher.
+            distillation_loss_fn: `fn(student, teacher, **extras)`; required with a teacher. Without
+                one, batches bring the teacher's embeddings or `teacher_scores`.
             evaluator: Measures the model during training.
             val_dataloader: Batches for the evaluator's loss.
+            guide: Embeds each batch for a guided criterion; batches must bring its inputs.
 
         Raises:
             ConfigError: if the parts do not fit together.
         """
         self.config = TrainConfig.coerce(config)
         _check_accelerator(accelerator)
-        _check_optimizer_covers(optimizer, model, criterion)
+        _check_optimizer_covers(
+            optimizer, model=model, criterion=criterion, distillation_loss_fn=distillation_loss_fn
+        )
         self._check_step_and_teacher(teacher_model, distillation_loss_fn)
         self.model = model
         self.optimizer = optimizer
@@ -119,6 +134,7 @@ class Trainer:
         self.distillation_loss_fn = distillation_loss_fn
         self.evaluator = evaluator
         self.val_dataloader = val_dataloader
+        self.guide = guide
         self.state = TrainState()
         alpha = self.config.distillation_alpha if distillation_loss_fn is not None else 1.0
         self.objective = Objective(criterion, distillation_loss_fn, alpha)
@@ -142,6 +158,8 @@ class Trainer:
             self.dataloader = accelerator.prepare(self.dataloader)
         if self.teacher_model is not None:
             self.teacher_model.requires_grad_(False).eval().to(accelerator.device)
+        if self.guide is not None:
+            self.guide.encoder.to(accelerator.device)
         for function in (self.criterion, self.distillation_loss_fn):
             if isinstance(function, nn.Module):
                 function.to(accelerator.device)
@@ -300,7 +318,7 @@ class Trainer:
         lengths = row_lengths(batch, inputs)
         self._adapter_watch.see_batch(inputs, lengths)
         teacher = self._teacher_embeddings(cache, batch)
-        extras = unpack_extras(batch)
+        extras = self.extras_of(batch)
 
         def objective(student: Embeddings) -> StepLoss:
             return self.objective(own_rows(student, batch), extras, teacher)
@@ -312,7 +330,15 @@ class Trainer:
             objective=objective,
             backward=self.accelerator.backward,
         )
-        return StepOutput(loss.total, loss.parts)
+        return StepOutput(loss.total, loss.parts, loss.weights)
+
+    def extras_of(self, batch: Batch) -> dict[str, Any]:
+        """What the objective is told of a batch beside embeddings, a guide's judgement among it.
+
+        Args:
+            batch: On the device of the run.
+        """
+        return unpack_extras(batch) | ({} if self.guide is None else self.guide.embed(batch))
 
     def _embed(self, inputs: Inputs) -> Tensor:
         """Model inputs of n rows to embeddings [n, D]: the one place that calls the encoder."""
@@ -324,12 +350,11 @@ class Trainer:
     @torch.no_grad()
     def _teacher_embeddings(self, cache: GradientCache, batch: Batch) -> Embeddings | None:
         teacher = self.teacher_model
+        if given := teacher_vectors(batch):
+            return given
         if teacher is None:
             return None
-        prefix = (
-            TEACHER_PREFIX if any(k.startswith(TEACHER_PREFIX + "query_") for k in batch) else ""
-        )
-        own = {k.removeprefix(prefix): v for k, v in batch.items() if k.startswith(prefix)}
+        own = teacher_batch(batch)
         inputs = unpack_roles(own, self.config.retrieval_mode)
         embeddings = cache.embed(
             encode=lambda inputs: maybe_first(teacher(**inputs)),
@@ -345,10 +370,10 @@ class Trainer:
     def _check_step_and_teacher(
         self, teacher_model: nn.Module | None, distillation_loss_fn: Callable[..., Tensor] | None
     ) -> None:
-        if (teacher_model is None) != (distillation_loss_fn is None):
+        if teacher_model is not None and distillation_loss_fn is None:
             raise ConfigError(
-                "teacher_model and distillation_loss_fn go together. Received: only "
-                f"{'distillation_loss_fn' if teacher_model is None else 'teacher_model'}"
+                "teacher_model has no use without distillation_loss_fn. Received: only "
+                "teacher_model"
             )
         overridden = type(self)._step_standard is not Trainer._step_standard
         if self.config.use_gradient_cache and overridden:
@@ -394,14 +419,12 @@ def _check_accelerator(accelerator: Accelerator) -> None:
         )
 
 
-def _check_optimizer_covers(
-    optimizer: Optimizer, model: nn.Module, criterion: Callable[..., Tensor]
-) -> None:
+def _check_optimizer_covers(optimizer: Optimizer, **parts: Any) -> None:
     owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for what, module in (("model", model), ("criterion", criterion)):
+    for what, module in parts.items():
         missing = sum(id(p) not in owned for p in trainable_parameters(module))
         if missing:
             raise ConfigError(
                 f"the optimizer does not hold {missing} trainable parameters of the {what}; "
-                "build it with build_optimizer(model, config, criterion)"
+                "build it with build_optimizer(model, config, criterion, distillation_loss_fn)"
             )

@@ -19,6 +19,7 @@ from vembed.training.checkpoint import STEP_FOLDER, remove_old_checkpoints, save
 from vembed.training.data_utils import count_rows
 from vembed.training.evaluator import Validation
 from vembed.training.first_step import FirstStepWatch
+from vembed.training.loss_files import loss_state
 from vembed.training.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -211,18 +212,22 @@ def _judge(result: Validation, trainer: Trainer) -> tuple[float, bool]:
 def _save_step(trainer: Trainer, step: int) -> None:
     folder = Path(trainer.config.output_dir) / "checkpoints"
     # What a run recommends is checked; each checkpoint on the way would cost as much.
-    _save(trainer, folder / STEP_FOLDER.format(step=step), check_merge=False)
+    path = folder / STEP_FOLDER.format(step=step)
+    _save(trainer, path, resumable=True, check_merge=False)
     if trainer.accelerator.is_main_process:
         remove_old_checkpoints(folder, trainer.config.save_total_limit)
 
 
-def _save(trainer: Trainer, path: Path, *, check_merge: bool = True) -> None:
+def _save(
+    trainer: Trainer, path: Path, *, resumable: bool = False, check_merge: bool = True
+) -> None:
     save_checkpoint(
         path,
         trainer.model_to_save(),
         trainer.accelerator,
         config=trainer.config,
-        criterion=trainer.criterion,
+        losses=loss_state(trainer.criterion, trainer.distillation_loss_fn),
+        resumable=resumable,
         probe=trainer.adapter_probe(),
         check_merge=check_merge,
     )

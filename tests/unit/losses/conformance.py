@@ -5,34 +5,44 @@
     def test_my_loss():
         check_all(Case("mine", build=MyLoss, make_batch=make_pairs))
 
+Every row of `vembed.losses.LOSSES` is tested by itself, on a batch of the fields that it requires;
+what it is compared with stands in `REFERENCES`, and more ways to build it in `VARIANTS`.
+
 A batch is the keyword arguments of a criterion: `query` [B, D], `positive` [M, D] ... see
 `vembed.losses.Criterion`. All numbers are float64 where nothing else is said.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tests.launch import run_on_processes
-from tests.unit.losses.references import (
-    Batch,
-    reference_cosent,
-    reference_info_nce,
-    reference_max_sim,
-    reference_sigmoid,
-    reference_supcon,
-)
+from tests.unit.losses import references
+from tests.unit.losses.references import Batch
 from vembed import distributed
-from vembed.losses import build_criterion
-from vembed.registry import accepted_arguments
+from vembed.losses import LOSSES, build_criterion
+from vembed.registry import accepted_arguments, resolve
+from vembed.training.gradient_cache import GradientCache
+from vembed.training.objective import Objective
 
-BY_QUERY = ("query", "ids_query", "counts_positive", "counts_negative", "labels", "scores")
-BY_DOCUMENT = {"positive": ("positive", "ids_positive"), "negative": ("negative", "ids_negative")}
+BY_QUERY = (
+    "query",
+    "ids_query",
+    "counts_positive",
+    "counts_negative",
+    "labels",
+    "scores",
+    "teacher_scores",
+    "guide_query",
+)
+BY_DOCUMENT = {role: (role, f"ids_{role}", f"guide_{role}") for role in ("positive", "negative")}
 EMBEDDINGS = ("query", "positive", "negative")
 
 EXACT = 1e-12
@@ -48,6 +58,8 @@ class Case:
         build: Makes the criterion.
         make_batch: Makes a batch of at least five queries from a seed.
         reference: The same loss, slowly, as `reference(criterion, batch)`; None if there is none.
+        make_nothing: Makes a batch that has rows, but nothing that the loss compares; None if it
+            always has something.
         splits: The queries that each process gets, for the comparison with one process.
     """
 
@@ -55,6 +67,7 @@ class Case:
     build: Callable[[], Callable[..., Tensor]]
     make_batch: Callable[[int], Batch]
     reference: Callable[..., Tensor] | None = None
+    make_nothing: Callable[[], Batch] | None = None
     splits: tuple[tuple[tuple[int, ...], ...], ...] = (
         ((0, 1, 2), (3, 4, 5)),
         ((0,), (1, 2, 3, 4, 5)),  # uneven, and without a partner on its own process
@@ -125,6 +138,46 @@ def make_labelled(seed: int) -> Batch:
     return {"query": make_pairs(seed)["query"], "labels": torch.tensor([7, 3, 7, 3, 3, 0])}
 
 
+def make_taught(seed: int) -> Batch:
+    """As `make_rich`, with a teacher's scores of each row's positives and negatives."""
+    batch = make_rich(seed)
+    counts = batch["counts_positive"] + batch["counts_negative"]
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    return batch | {
+        "teacher_scores": scores.masked_fill(torch.arange(4) >= counts[:, None], -torch.inf)
+    }
+
+
+def make_noisy(seed: int) -> Batch:
+    """As `make_rich`, with copies that differ a little, as dropout makes them.
+
+    The gradient of what chooses among equals hangs on rounding.
+    """
+    batch = make_rich(seed)
+    generator = torch.Generator().manual_seed(seed + 100)
+    for role in EMBEDDINGS:
+        noise = torch.randn(batch[role].shape, generator=generator, dtype=torch.float64)
+        batch[role] = batch[role] + 0.1 * noise
+    return batch
+
+
+def make_guided(seed: int) -> Batch:
+    """As `make_rich`, with the embeddings of a guide model, which are of another size."""
+    return make_rich(seed) | _guide_of(make_rich(seed), seed)
+
+
+def make_guided_tokens(seed: int) -> Batch:
+    """As `make_tokens`, with a guide model's embeddings, one for each item."""
+    return make_tokens(seed) | _guide_of(make_tokens(seed), seed)
+
+
+def _guide_of(batch: Batch, seed: int) -> Batch:
+    generator = torch.Generator().manual_seed(seed + 100)
+    contents = torch.randn(200, 3, generator=generator, dtype=torch.float64)
+    return {f"guide_{role}": contents[batch[f"ids_{role}"]] for role in EMBEDDINGS}
+
+
 def take_queries(batch: Batch, queries: Sequence[int]) -> Batch:
     """The batch of these queries and the documents that are theirs."""
     rows = torch.tensor(queries, dtype=torch.int64)
@@ -189,6 +242,8 @@ def check_all(case: Case) -> None:
     check_batch_of_one(case)
     check_all_duplicates(case)
     check_row_order(case)
+    check_nothing_to_compare(case)
+    check_cached(case)
     for dtype in (torch.bfloat16, torch.float16):
         check_low_precision(case, dtype)
     check_autocast(case)
@@ -224,7 +279,9 @@ class _Reference(nn.Module):
         return criterion.named_parameters() if isinstance(criterion, nn.Module) else iter(())
 
     def forward(self, **batch: Tensor) -> Tensor:
-        return self.reference(self.criterion[0], batch)
+        # A reference need not touch rows that do not count.
+        untouched = sum(0 * batch[role].sum() for role in EMBEDDINGS if role in batch)
+        return self.reference(self.criterion[0], batch) + untouched
 
 
 def check_batch_of_one(case: Case) -> None:
@@ -235,6 +292,52 @@ def check_batch_of_one(case: Case) -> None:
 def check_all_duplicates(case: Case) -> None:
     """A batch of one row, repeated: finite loss and gradients."""
     _check_finite(evaluate(build_double(case), take_queries(case.make_batch(0), [0] * 5)))
+
+
+def check_nothing_to_compare(case: Case) -> None:
+    """A batch without a valid pair: 0, with a graph, and gradients of 0."""
+    if case.make_nothing is None:
+        return
+    outcome = evaluate(build_double(case), case.make_nothing())
+    assert outcome.loss == 0
+    for grad in outcome.grads.values():
+        assert (grad == 0).all()
+
+
+def check_cached(case: Case) -> None:
+    """Encoded chunk by chunk, and a second time in backward: the gradient of one graph."""
+    plain = _through_encoder(case, None)
+    cached = _through_encoder(case, GradientCache(chunk_size=2))
+    assert plain.distance(cached) <= EXACT
+
+
+def _through_encoder(case: Case, cache: GradientCache | None) -> Outcome:
+    """The loss of encoded rows, and the gradients of the encoder and of the loss."""
+    batch, criterion = case.make_batch(0), build_double(case)
+    torch.manual_seed(0)
+    encoder = nn.Linear(5, 5, dtype=torch.float64)
+    roles = {role: batch.pop(role) for role in EMBEDDINGS if role in batch}
+    objective = Objective(criterion)
+    if cache is None:
+        total = objective({role: encoder(rows) for role, rows in roles.items()}, batch).total
+        total.backward()
+    else:
+        total = cache.backward(
+            encode=lambda inputs: encoder(inputs["rows"]),
+            inputs={role: {"rows": rows} for role, rows in roles.items()},
+            lengths={role: [1] * len(rows) for role, rows in roles.items()},
+            objective=lambda embeddings: objective(embeddings, batch),
+            backward=torch.Tensor.backward,
+        ).total
+    modules = {"encoder": encoder} | (
+        {"loss": criterion} if isinstance(criterion, nn.Module) else {}
+    )
+    named = {
+        f"{module}.{name}": parameter.grad
+        for module, of_module in modules.items()
+        for name, parameter in of_module.named_parameters()
+    }
+    return Outcome(total.detach(), named)
 
 
 def check_row_order(case: Case) -> None:
@@ -323,61 +426,208 @@ def _check_finite(outcome: Outcome) -> None:
 
 # --- the losses of the package
 
+REFERENCES = {
+    "infonce": references.reference_info_nce,
+    "sigmoid": references.reference_sigmoid,
+    "triplet": references.reference_triplet,
+    "margin_mse": references.reference_margin_mse,
+    "cosent": references.reference_cosent,
+    "angle": references.reference_angle,
+    "cosine_mse": references.reference_cosine_mse,
+    "contrastive": references.reference_contrastive,
+    "online_contrastive": references.reference_online_contrastive,
+    "supcon": references.reference_supcon,
+    "label_triplet": references.reference_label_triplet,
+    "arcface": references.reference_proxies,
+    "normalized_softmax": references.reference_proxies,
+    "maxsim": references.reference_max_sim,
+    "colbert": references.reference_max_sim,
+}
+"""What each loss of the table is compared with."""
 
-def _case(name: str, make_batch: Any, reference: Any, loss_type: str, **kwargs: Any) -> Case:
-    return Case(name, lambda: build_criterion(loss_type, **kwargs), make_batch, reference)
+BATCHES = {"teacher_scores": make_taught, "score": make_graded, "label": make_labelled}
+"""Batches by a field that a loss requires; `make_rich` for others."""
 
 
-CASES = {
-    case.name: case
-    for case in (
-        _case("infonce-pairs", make_pairs, reference_info_nce, "infonce"),
-        _case("infonce", make_rich, reference_info_nce, "infonce", tile_size=2),
-        _case(
-            "infonce-bidirectional",
-            make_rich,
-            reference_info_nce,
-            "infonce",
-            bidirectional=True,
-            learn_temperature=True,
-            tile_size=4,
-        ),
-        _case(
-            "infonce-margins",
-            make_rich,
-            reference_info_nce,
-            "infonce",
-            bidirectional=True,
-            learn_temperature=True,
-            absolute_margin=-0.1,
-            relative_margin=0.2,
-            tile_size=3,
-        ),
-        _case("sigmoid", make_rich, reference_sigmoid, "sigmoid", learn_temperature=True),
-        _case("sigmoid-margins", make_rich, reference_sigmoid, "sigmoid", absolute_margin=0.1),
-        _case("sigmoid-fixed", make_pairs, reference_sigmoid, "sigmoid", tile_size=4),
-        _case("cosent", make_graded, reference_cosent, "cosent"),
-        _case("supcon", make_labelled, reference_supcon, "supcon", tile_size=4),
-        _case("maxsim", make_tokens, reference_max_sim, "maxsim", tile_size=2),
-        _case(
-            "colbert-sum-bidirectional",
-            make_tokens,
-            reference_max_sim,
-            "colbert",
-            normalize_scores=False,
-            temperature=0.5,
-            bidirectional=True,
-            learn_temperature=True,
-            tile_size=3,
-        ),
-        _case(
-            "maxsim-margins",
-            make_tokens,
-            reference_max_sim,
-            "maxsim",
-            bidirectional=True,
-            absolute_margin=0.1,
-            relative_margin=0.2,
-        ),
+def _one_pair() -> Batch:
+    return {role: rows[:1] for role, rows in make_pairs(0).items()}
+
+
+def _one_pair_of_tokens() -> Batch:
+    return {role: make_tokens(0)[role][:1] for role in ("query", "positive")}
+
+
+def _all_different() -> Batch:
+    return make_labelled(0) | {"labels": torch.arange(6)}
+
+
+def _all_alike() -> Batch:
+    return make_graded(0) | {"scores": torch.ones(6)}
+
+
+NOTHING = {
+    "infonce": _one_pair,
+    "triplet": _one_pair,
+    "margin_mse": lambda: _one_pair() | {"teacher_scores": torch.ones(1, 1)},
+    "cosent": _all_alike,
+    "angle": _all_alike,
+    "online_contrastive": lambda: _one_pair() | {"scores": torch.ones(1)},
+    "supcon": _all_different,
+    "label_triplet": _all_different,
+    "maxsim": _one_pair_of_tokens,
+    "colbert": _one_pair_of_tokens,
+}
+"""Batches in which a loss has nothing to compare; others always have something."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], Callable[[int], Batch] | None]] = {
+    "infonce-pairs": ("infonce", {}, make_pairs),
+    "infonce-bidirectional": (
+        "infonce",
+        {"bidirectional": True, "learn_temperature": True, "tile_size": 4},
+        None,
+    ),
+    "infonce-margins": (
+        "infonce",
+        {
+            "bidirectional": True,
+            "learn_temperature": True,
+            "absolute_margin": -0.1,
+            "relative_margin": 0.2,
+            "tile_size": 3,
+        },
+        None,
+    ),
+    "infonce-extra": (
+        "infonce",
+        {"query_negatives": True, "document_negatives": True, "learn_temperature": True},
+        None,
+    ),
+    "infonce-joint": (
+        "infonce",
+        {
+            "bidirectional": True,
+            "joint": True,
+            "query_negatives": True,
+            "document_negatives": True,
+            "absolute_margin": 0.1,
+            "tile_size": 4,
+        },
+        None,
+    ),
+    "infonce-two-sided": (
+        "infonce",
+        {
+            "bidirectional": True,
+            "query_negatives": True,
+            "document_negatives": True,
+            "learn_temperature": True,
+            "hardness": 3.0,
+        },
+        None,
+    ),
+    "infonce-own": ("infonce", {"hard_negatives": "own", "relative_margin": 0.1}, None),
+    "infonce-hardness": (
+        "infonce",
+        {"hard_negatives": "own", "hardness": 9.0, "learn_temperature": True, "tile_size": 3},
+        None,
+    ),
+    "infonce-guided": (
+        "infonce",
+        {
+            "guided": True,
+            "bidirectional": True,
+            "query_negatives": True,
+            "document_negatives": True,
+            "relative_margin": 0.3,
+            "tile_size": 3,
+        },
+        make_guided,
+    ),
+    "infonce-guided-own": (
+        "infonce",
+        {"guided": True, "hard_negatives": "own", "absolute_margin": 0.2},
+        make_guided,
+    ),
+    "sigmoid-margins": ("sigmoid", {"absolute_margin": 0.1, "learn_temperature": True}, None),
+    "sigmoid-guided": ("sigmoid", {"guided": True}, make_guided),
+    "sigmoid-fixed": ("sigmoid", {"tile_size": 4, "learn_temperature": False}, make_pairs),
+    "triplet-all": ("triplet", {"triplets": "all", "margin": 0.5}, None),
+    "triplet-hard": ("triplet", {"triplets": "hard"}, None),
+    "triplet-own": ("triplet", {"triplets": "own", "margin": 0.7}, None),
+    "margin_mse-cosine": ("margin_mse", {"cosine": True, "scale": 10.0}, None),
+    "cosine_mse-scaled": ("cosine_mse", {"score_scale": 5.0}, None),
+    "supcon-tiles": ("supcon", {"tile_size": 4}, None),
+    "label_triplet-all": ("label_triplet", {"triplets": "all", "margin": 0.5}, None),
+    "label_triplet-hard": ("label_triplet", {"triplets": "hard"}, None),
+    "arcface-wide": ("arcface", {"margin": 1.4, "tile_size": 3}, None),
+    "maxsim-tiles": ("maxsim", {"tile_size": 2}, None),
+    "maxsim-margins": (
+        "maxsim",
+        {"bidirectional": True, "absolute_margin": 0.1, "relative_margin": 0.2},
+        None,
+    ),
+    "maxsim-own": (
+        "maxsim",
+        {"hard_negatives": "own", "hardness": 3.0, "learn_temperature": True, "tile_size": 3},
+        None,
+    ),
+    "maxsim-guided": (
+        "maxsim",
+        {"guided": True, "bidirectional": True, "joint": True, "relative_margin": 0.3},
+        make_guided_tokens,
+    ),
+    "maxsim-guided-own": (
+        "maxsim",
+        {"guided": True, "hard_negatives": "own", "absolute_margin": 0.2, "tile_size": 3},
+        make_guided_tokens,
+    ),
+    "colbert-sum-bidirectional": (
+        "colbert",
+        {
+            "normalize_scores": False,
+            "temperature": 0.5,
+            "bidirectional": True,
+            "learn_temperature": True,
+            "tile_size": 3,
+        },
+        None,
+    ),
+}
+"""Further ways to build a loss of the table: its name, arguments, and a batch of its own."""
+
+
+def _build(loss_type: str, arguments: dict[str, Any]) -> Callable[..., Tensor]:
+    torch.manual_seed(0)
+    learned = {"learn_temperature": True} if loss_type == "sigmoid" else {}
+    # A criterion gets what it has a use for, as in a run.
+    return build_criterion(
+        loss_type, num_classes=8, embedding_dim=5, **(learned | copy.deepcopy(arguments))
     )
+
+
+def case_of(
+    name: str,
+    loss_type: str,
+    arguments: dict[str, Any],
+    make_batch: Callable[[int], Batch] | None = None,
+) -> Case:
+    """The case of a loss of the table, on a batch of what it requires if none is given."""
+    loss = resolve("loss_type", loss_type, LOSSES)
+    fitting = [make for field, make in BATCHES.items() if field in loss.required_fields]
+    if loss.takes_tokens:
+        fitting = [make_tokens]
+    if loss_type == "triplet":
+        fitting = [make_noisy]
+    return Case(
+        name,
+        partial(_build, loss_type, arguments),
+        make_batch or (fitting or [make_rich])[0],
+        REFERENCES.get(loss_type),
+        # A guide or hard negatives of its own give one pair no candidate either.
+        None if arguments.get("guided") else NOTHING.get(loss_type),
+    )
+
+
+CASES = {name: case_of(name, name, {}) for name in LOSSES} | {
+    name: case_of(name, *variant) for name, variant in VARIANTS.items()
 }

@@ -7,12 +7,17 @@ import torch
 
 from tests.unit.losses.conformance import (
     CASES,
+    NOTHING,
+    REFERENCES,
+    VARIANTS,
     Case,
     check_all,
     check_all_duplicates,
     check_autocast,
     check_batch_of_one,
+    check_cached,
     check_low_precision,
+    check_nothing_to_compare,
     check_reference,
     check_row_order,
     make_pairs,
@@ -22,14 +27,24 @@ from vembed.losses import LOSSES
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
-def test_every_loss_of_the_table_has_a_case():
-    assert {name.split("-")[0] for name in CASES} == set(LOSSES)
+def test_every_loss_of_the_table_has_a_case_and_a_reference():
+    assert set(LOSSES) == set(REFERENCES) == {case.split("-")[0] for case in CASES}
+    assert set(NOTHING) <= set(LOSSES)
+    assert all(name.startswith(f"{loss_type}-") for name, (loss_type, *_) in VARIANTS.items())
 
 
 @every_case
 @pytest.mark.parametrize(
     "check",
-    [check_reference, check_batch_of_one, check_all_duplicates, check_row_order, check_autocast],
+    [
+        check_reference,
+        check_batch_of_one,
+        check_all_duplicates,
+        check_row_order,
+        check_nothing_to_compare,
+        check_cached,
+        check_autocast,
+    ],
 )
 def test_check(case, check):
     check(case)

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests.unit.losses.conformance import EMBEDDINGS, EXACT, evaluate, make_tokens, take_queries
+from vembed import config
 from vembed.errors import ConfigError
-from vembed.losses import build_criterion, check_embeddings, comparison, tiling
+from vembed.losses import LOSSES, build_criterion, check_embeddings, comparison, tiling
 from vembed.losses.comparison import MaxSim
+from vembed.registry import resolve
 from vembed.token_vectors import pad_tokens, real_tokens
 
 SETTINGS = {"bidirectional": True, "learn_temperature": True, "temperature": 0.3}
@@ -95,12 +97,29 @@ def test_margins_need_the_scale_of_cosines():
         build_criterion("maxsim", normalize_scores=False, absolute_margin=0.1)
 
 
+def test_margins_of_a_guide_are_cosines_whatever_is_added_up():
+    build_criterion("maxsim", normalize_scores=False, absolute_margin=0.1, guided=True)
+
+
+@pytest.mark.parametrize("option", ["query_negatives", "document_negatives"])
+def test_queries_are_not_compared_with_queries(option):
+    with pytest.raises(ConfigError, match=option):
+        build_criterion("maxsim", **{option: True})
+
+
+def test_the_settings_know_which_losses_take_tokens():
+    """`vembed.config` may not import torch, so it has a list of its own."""
+    taking = {n: resolve("loss_type", n, LOSSES).takes_tokens for n in LOSSES}
+    assert {name for name in taking if not taking[name]} == set(config.POOLED_LOSSES)
+    assert {name for name in taking if taking[name]} == set(config.TOKEN_LOSSES)
+
+
 @pytest.mark.parametrize(
     ("loss", "tokens", "says"),
     [
         ("infonce", True, "Losses that fit it: maxsim, colbert"),
         ("cosent", True, "Losses that fit it: maxsim, colbert"),
-        ("maxsim", False, "Losses that fit it: infonce, sigmoid, cosent, supcon"),
+        ("maxsim", False, "Losses that fit it: infonce, sigmoid, triplet, .*normalized_softmax;"),
     ],
 )
 def test_a_loss_that_does_not_fit_the_encoder_names_those_that_do(loss, tokens, says):

@@ -54,7 +54,13 @@ def test_the_tables_import_no_torch_and_name_classes_that_exist():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     for table in (LOSSES, DISTILLATION_LOSSES):
         for name in table:
-            assert issubclass(resolve("loss_type", name, table), nn.Module)
+            loss = resolve("loss_type", name, table)
+            assert issubclass(loss, nn.Module)
+            assert "=" in loss.__doc__, name
+    for name in LOSSES:
+        loss = resolve("loss_type", name, LOSSES)
+        assert loss.required_fields
+        assert isinstance(loss.takes_tokens, bool)
 
 
 def test_settings_reach_the_loss():
@@ -78,6 +84,9 @@ def test_a_loss_gets_only_the_settings_it_has():
         "learn_temperature": False,
         "bidirectional": False,
         "tile_size": "auto",
+        "guided": False,
+        "num_classes": None,
+        "embedding_dim": None,
         "margin": 1,
     }
 
@@ -152,7 +161,11 @@ def test_rows_that_fit(loss_type, fields):
         ("infonce", {"query", "label"}, "InfoNCE needs positive .*: label, query.*fit.*: supcon"),
         ("cosent", {"query", "positive"}, "CoSENT needs score.*fit.*: infonce, sigmoid"),
         ("cosent", {"query", "label"}, "CoSENT needs positive and score.*fit.*: supcon"),
-        ("supcon", {"query", "positive", "score"}, "needs label.*fit these rows: cosent, infonce"),
+        (
+            "supcon",
+            {"query", "positive", "score"},
+            "needs label.*fit these rows: cosent, angle, cosine_mse",
+        ),
         ("supcon", {"query"}, "fit these rows: none"),
     ],
 )
@@ -201,8 +214,8 @@ def test_other_losses_check_their_rows():
         build_criterion("cosent")(query, None, scores=torch.ones(2))
     with pytest.raises(ConfigError, match="2 items, 3 labels"):
         build_criterion("supcon")(query, labels=torch.ones(3, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="needs queries and positives"):
-        build_distillation_loss()({"query": query}, {"query": query})
+    with pytest.raises(ConfigError, match="needs the teacher's embeddings"):
+        build_distillation_loss()({"query": query}, {})
     with pytest.raises(ConfigError, match="the same rows.*'positive': 1"):
         build_distillation_loss()(
             {"query": query, "positive": query}, {"query": query, "positive": query[:1]}

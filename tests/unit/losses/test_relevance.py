@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vembed.losses.relevance import Relevance
+from vembed.losses.relevance import Relevance, link_components
 
 
 def random_relation(seed: int) -> Relevance:
@@ -65,3 +65,36 @@ def test_no_rows():
     nothing = torch.zeros(0, dtype=torch.int64)
     columns = torch.arange(3)
     assert Relevance(nothing, columns, columns, columns).count(columns > 0).tolist() == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_components_are_those_of_a_search(seed):
+    generator = torch.Generator().manual_seed(seed)
+    left, right = torch.randint(0, 14, (2, 11), generator=generator)
+    assert_components(left.tolist(), right.tolist())
+
+
+@pytest.mark.parametrize("length", [2, 7, 64])
+def test_components_of_a_long_chain(length):
+    """Left n is linked to right n and n + 1; two chains, and numbers that stand for both sides."""
+    left = [n for n in range(length) for _ in range(2)]
+    right = [n + step for n in range(length) for step in (0, 1)]
+    apart = [number + 1000 for number in left], [number + 1000 for number in right]
+    order = torch.randperm(4 * length, generator=torch.Generator().manual_seed(0)).tolist()
+    both = [left + apart[0], right + apart[1]]
+    assert_components(*[[numbers[place] for place in order] for numbers in both])
+
+
+def assert_components(left, right):
+    """Against walking from each pair to all that can be reached."""
+    found = link_components(torch.tensor(left), torch.tensor(right)).tolist()
+    pairs = list(zip(left, right, strict=True))
+    for start in range(len(pairs)):
+        reached = {pairs[start]}
+        while more := {
+            pair
+            for pair in pairs
+            if any(pair[0] == a or pair[1] == b for a, b in reached) and pair not in reached
+        }:
+            reached |= more
+        assert [number == found[start] for number in found] == [pair in reached for pair in pairs]

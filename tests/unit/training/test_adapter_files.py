@@ -27,13 +27,19 @@ from tests.unit.models.families import vectors as encode
 from tests.unit.training.test_adapters import CONFIG, shake, two_towers
 from vembed.errors import CheckpointError, ConfigError
 from vembed.modes import Item
-from vembed.training.adapter_files import load_adapters, load_loss, save_adapters
+from vembed.training.adapter_files import load_adapters, save_adapters
 from vembed.training.adapters import adapt
 from vembed.training.checkpoint import save_checkpoint
+from vembed.training.loss_files import load_losses, loss_state, save_losses
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.run import run_training
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", "heads.safetensors"}
+FILES = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "heads.safetensors",
+    "losses.safetensors",
+}
 
 
 class Loss(nn.Module):
@@ -69,8 +75,9 @@ def test_reload_bit_by_bit(model_path, settings, tmp_path):
     encoder = build(model_path, **settings)
     shake(encoder)
     expected = vectors(encoder)
-    save_adapters(tmp_path / "adapter", encoder, Loss(0.5))
-    save_adapters(tmp_path / "again", encoder, Loss(0.5))
+    for folder in (tmp_path / "adapter", tmp_path / "again"):
+        save_adapters(folder, encoder)
+        save_losses(folder, loss_state(Loss(0.5)))
     for file in FILES:
         one, two = (tmp_path / name / file for name in ("adapter", "again"))
         assert one.read_bytes() == two.read_bytes(), file
@@ -91,9 +98,9 @@ def test_reload_bit_by_bit(model_path, settings, tmp_path):
     assert torch.equal(*hidden)
 
     criterion = Loss()
-    load_loss(tmp_path / "adapter", criterion)
+    load_losses(tmp_path / "adapter", criterion)
     assert float(criterion.logit_scale.detach()) == 0.5
-    load_loss(tmp_path / "adapter", "a function")
+    load_losses(tmp_path / "adapter", "a function")
 
 
 def test_heads_of_a_backbone_are_kept_with_its_adapters(tmp_path):
@@ -148,7 +155,12 @@ def test_a_run_keeps_the_adapter_and_another_goes_on_from_it(model_path, tmp_pat
         {**settings, "output_dir": str(tmp_path / "two"), "adapter_path": str(kept), "lr": 0}
     )
     # At a rate of 0 nothing is learned: what it starts from is what the first run ended with.
-    for file in ("model.safetensors", "2_Dense/model.safetensors", "adapter/heads.safetensors"):
+    for file in (
+        "model.safetensors",
+        "2_Dense/model.safetensors",
+        "adapter/heads.safetensors",
+        "adapter/losses.safetensors",
+    ):
         one, two = load_file(first.model_path / file), load_file(again.model_path / file)
         assert one.keys() == two.keys()
         assert all(torch.equal(one[name], two[name]) for name in one), file

@@ -16,6 +16,9 @@ _EXACT_ZERO = 1e-8
 _AT_CHANCE = 0.97
 """Share of the loss at chance from which on a loss is no better."""
 
+_UNHEARD = 0.01
+"""Share of the loss below which what a teacher says makes no difference."""
+
 _FEW_NEGATIVES = 7
 _FLAT = 0.95
 _SATURATED = 0.9
@@ -42,6 +45,7 @@ _EXPLAINED_BY = {
     "saturated softmax": {"no loss"},
     "at chance": {"collapse", "flat softmax"},
     "no gradient": {"no loss"},
+    "unheard teacher": {"flat teacher", "saturated teacher"},
 }
 """Warnings that are left out beside one of others, which says why."""
 
@@ -184,24 +188,44 @@ def _teacher_softmax(report: FirstStepReport) -> Iterator[Advice]:
     teacher = report.teacher
     if teacher is None:
         return
-    seen = (
-        f"at distillation_temperature {report.distillation_temperature:.4g} the teacher's softmax"
-    )
+    scored = report.distillation_temperature is None
+    setting = "teacher_temperature in distillation_kwargs" if scored else "distillation_temperature"
+    settings = ("distillation_kwargs",) if scored else ("distillation_temperature",)
+    # Logits that deviate by 1 have a softmax that is neither flat nor decided.
+    remedy = f"{setting}, such as {teacher.teacher_deviation:.2g}"
+    seen = f"at temperature {teacher.temperature:.4g} the teacher's softmax"
     if teacher.softmax.evenness >= _FLAT:
         yield Advice(
             "flat teacher",
             f"{seen} is flat ({teacher.softmax.evenness:.1%} even; its similarities deviate by "
             f"{teacher.teacher_deviation:.2g}): it teaches that all documents are alike. Set a "
-            "lower distillation_temperature",
-            ("distillation_temperature",),
+            f"lower {remedy}",
+            settings,
         )
     if teacher.softmax.decided >= _SATURATED:
         yield Advice(
             "saturated teacher",
             f"{seen} is saturated ({teacher.softmax.decided:.0%} of the queries give one document "
             "more than 0.999): it teaches no more than a label does. Set a higher "
-            "distillation_temperature",
-            ("distillation_temperature",),
+            f"{remedy}",
+            settings,
+        )
+
+
+def _weak_teacher(report: FirstStepReport) -> Iterator[Advice]:
+    loss = report.loss
+    if loss is None or not loss.weights:
+        return
+    shares = {name: abs(loss.weights[name] * value) for name, value in loss.parts.items()}
+    taught = sum(share for name, share in shares.items() if name != "task")
+    total = sum(shares.values())
+    if len(shares) > 1 and taught < _UNHEARD * total and loss.weights["task"] < 1:
+        yield Advice(
+            "unheard teacher",
+            f"the teacher's part is {taught / total:.1%} of the loss: the student hardly hears it. "
+            "Set a lower distillation_alpha, or weights in distillation_loss, as in "
+            "{similarity_kl: 400} (at temperature T its divergence is multiplied by T^2)",
+            ("distillation_alpha", "distillation_loss"),
         )
 
 
@@ -256,6 +280,7 @@ _RULES = (
     _collapse,
     _student_softmax,
     _teacher_softmax,
+    _weak_teacher,
     _loss,
     _gradients,
 )

@@ -25,6 +25,7 @@ from vembed.training.first_step.report import (
     Temperature,
 )
 from vembed.training.first_step.rows import (
+    compare_with_scores,
     compare_with_teacher,
     count_copies,
     gather_ids,
@@ -58,6 +59,7 @@ def build_report(
     criterion: Callable[..., Tensor],
     *,
     distillation_temperature: float | None = None,
+    score_temperature: float | None = None,
     micro_batches: int = 1,
     gradients: Mapping[str, GradientNorm] | None = None,
     chunks: Mapping[str, RoleChunks] | None = None,
@@ -72,6 +74,7 @@ def build_report(
         batch: What the objective saw.
         criterion: The task loss; candidates are counted for those that rank them.
         distillation_temperature: Of the distillation loss, where there is a teacher.
+        score_temperature: What a teacher's scores in the rows are divided by, where they are used.
         micro_batches: Of the optimizer step.
         gradients: By group of parameters.
         chunks: By role.
@@ -83,8 +86,10 @@ def build_report(
     temperature = find_temperature(criterion)
     used = accepted_arguments(getattr(criterion, "forward", criterion), extras)
     teacher = None
-    if batch.teacher is not None and distillation_temperature is not None:
+    if batch.teacher and distillation_temperature is not None:
         teacher = compare_with_teacher(student, batch.teacher, distillation_temperature)
+    elif score_temperature is not None and "teacher_scores" in extras:
+        teacher = compare_with_scores(student, extras, score_temperature)
     return FirstStepReport(
         batch=BatchSize(
             tuple(gather_counts(len(student["query"]), student["query"].device)), micro_batches
@@ -118,16 +123,19 @@ def find_temperature(criterion: Callable[..., Tensor]) -> Temperature | None:
 def _mean_loss(loss: StepLoss, name: str) -> Loss:
     """Over processes. Collective."""
     values = all_reduce_mean(torch.stack([loss.total, *loss.parts.values()]).float()).tolist()
-    return Loss(name, values[0], dict(zip(loss.parts, values[1:], strict=True)))
+    parts = dict(zip(loss.parts, values[1:], strict=True))
+    return Loss(name, values[0], parts, dict(loss.weights))
 
 
 def _look_at_candidates(
     batch: FirstBatch, criterion: Callable[..., Tensor], temperature: Temperature | None
 ) -> Candidates | None:
     """For the losses of which it is known that they rank candidates. Collective."""
-    if not isinstance(criterion, InfoNCE | PairwiseSigmoid):
+    if not isinstance(criterion, InfoNCE | PairwiseSigmoid) or criterion.guided:
         return None
     softmax = isinstance(criterion, InfoNCE) and temperature is not None
+    if isinstance(criterion, InfoNCE) and criterion.compares_more:
+        return None
     return look_at_candidates(
         batch.student,
         batch.extras,

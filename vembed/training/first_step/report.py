@@ -31,11 +31,13 @@ class Loss:
         name: Of the criterion.
         total: What is differentiated.
         parts: Its terms; `task` is the criterion's.
+        weights: What each term is multiplied by in the total.
     """
 
     name: str
     total: float
     parts: dict[str, float]
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,10 @@ def _loss_line(loss: Loss, candidates: Candidates | None) -> str:
     else:
         line += f", at chance {candidates.chance:.4f} (mean ln of the candidates)"
     others = [f"{name} {value:.4f}" for name, value in loss.parts.items() if name != "task"]
-    return "; ".join([line, *others, *([f"total {loss.total:.4f}"] if others else [])])
+    if not others:
+        return line
+    sum_ = " + ".join(f"{weight:.3g} {name}" for name, weight in loss.weights.items())
+    return "; ".join([line, *others, f"total {loss.total:.4f}" + (f" = {sum_}" if sum_ else "")])
 
 
 def _temperature_line(temperature: Temperature) -> str:
@@ -203,7 +208,7 @@ def _teacher_line(teacher: Agreement) -> str:
     return (
         f"ranks like the student: Spearman {teacher.spearman:.3f}, same best document "
         f"{teacher.same_best:.0%}; its similarities deviate by {teacher.teacher_deviation:.3g}, "
-        f"softmax {_softmax_words(teacher.softmax)}"
+        f"softmax at temperature {teacher.temperature:.3g} {_softmax_words(teacher.softmax)}"
     )
 
 

@@ -21,6 +21,8 @@ from vembed.distributed import (
     process_index,
 )
 from vembed.evaluation.correlation import spearman
+from vembed.losses.distillation.rows import documents_of
+from vembed.losses.distillation.score import Candidates
 from vembed.losses.similarity import unit_rows
 from vembed.training.first_step.candidates import Softmax, Spread, mean_softmax
 from vembed.training.objective import Embeddings
@@ -100,12 +102,14 @@ class Agreement:
         spearman: Rank correlation of a query's similarities to the documents.
         same_best: Share of the queries for which both put the same document first.
         teacher_deviation: Standard deviation of a query's similarities, by the teacher.
-        softmax: Of the teacher's similarities at the distillation temperature.
+        temperature: What the teacher's similarities are divided by.
+        softmax: Of the teacher's similarities at that temperature.
     """
 
     spearman: float
     same_best: float
     teacher_deviation: float
+    temperature: float
     softmax: Softmax
 
 
@@ -199,33 +203,66 @@ def compare_with_teacher(
 ) -> Agreement | None:
     """Whether both rank alike. Collective: every process must call it.
 
-    Each process compares some of its queries with some of its documents.
+    Each process compares some of its queries with some of its documents; of a teacher that embeds
+    one side only, rows of that side with each other.
 
     Returns:
         None when no process has two documents.
     """
-    own_nC, taught_nC = _similarities(student), _similarities(teacher)
-    rows, documents = own_nC.shape
+    taught = {role: student[role] for role in teacher}
+    return _compare(_similarities(taught), _similarities(teacher), temperature)
+
+
+def compare_with_scores(
+    student: Embeddings, extras: Mapping[str, Any], temperature: float
+) -> Agreement | None:
+    """The same for a teacher that scored each query's own positives and negatives. Collective.
+
+    Args:
+        student: Embeddings by role.
+        extras: `teacher_scores` and the counts of positives and negatives.
+        temperature: What the scores are divided by.
+
+    Returns:
+        None when no query has two candidates.
+    """
+    candidates = Candidates(student, extras.get("counts_positive"), extras.get("counts_negative"))
+    own, taught = candidates.scores(student), candidates.fit(extras["teacher_scores"])
+    off = ~candidates.real_BC
+    own, taught = (scores.float().masked_fill(off, -torch.inf) for scores in (own, taught))
+    return _compare(own, taught, temperature)
+
+
+def _compare(own_nC: Tensor, taught_nC: Tensor, temperature: float) -> Agreement | None:
+    """Rows of similarities; -inf is no candidate, of both. Collective."""
     sums = own_nC.new_zeros(4)
-    if documents > 1 and rows:
-        columns = torch.stack([own_nC, taught_nC], dim=-1).cpu().double().numpy()
-        same = (own_nC.argmax(1) == taught_nC.argmax(1)).sum()
-        sums = torch.stack(
+    for own_C, taught_C in zip(own_nC, taught_nC, strict=True):
+        own, taught = own_C[own_C > -torch.inf], taught_C[taught_C > -torch.inf]
+        if len(own) < 2:
+            continue
+        columns = torch.stack([own, taught], dim=-1).cpu().double().numpy()
+        sums += torch.stack(
             [
-                own_nC.new_tensor(spearman(columns).sum()),
-                same.to(own_nC.dtype),
-                taught_nC.std(dim=1).sum(),
-                own_nC.new_tensor(rows),
+                own.new_tensor(float(spearman(columns))),
+                (own.argmax() == taught.argmax()).to(own.dtype),
+                taught.std(),
+                own.new_ones(()),
             ]
         )
     ranks, best, deviation, counted = all_reduce_sum(sums).tolist()
     softmax = mean_softmax(taught_nC / temperature)
     if softmax is None:
         return None
-    return Agreement(ranks / counted, best / counted, deviation / counted, softmax)
+    return Agreement(ranks / counted, best / counted, deviation / counted, temperature, softmax)
 
 
 def _similarities(embeddings: Embeddings) -> Tensor:
-    documents = torch.cat([embeddings[r] for r in ("positive", "negative") if r in embeddings])
-    query = unit_rows(embeddings["query"][:_SAMPLED_QUERIES]).float()
-    return query @ unit_rows(documents[:_SAMPLED_DOCUMENTS]).float().T
+    """Some rows with some documents, `[n, C]`; -inf for a row with itself."""
+    documents = documents_of(embeddings)
+    if documents is not None and "query" in embeddings:
+        query = unit_rows(embeddings["query"][:_SAMPLED_QUERIES]).float()
+        return query @ unit_rows(documents[:_SAMPLED_DOCUMENTS]).float().T
+    alone = embeddings["query"] if documents is None else documents
+    rows = unit_rows(alone[:_SAMPLED_DOCUMENTS]).float()
+    similarities = rows[:_SAMPLED_QUERIES] @ rows.T
+    return similarities.fill_diagonal_(-torch.inf)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from vembed.losses.distillation.score import ScoreDistillation
+from vembed.losses.distillation.weighted import WeightedDistillation
 from vembed.training.first_step.advice import advise
 from vembed.training.first_step.build import FirstBatch, build_report
 from vembed.training.first_step.encoding import (
@@ -83,13 +85,15 @@ class FirstStepWatch:
             return FirstStepReport(gradients=gradients)
         rows = {role: len(embeddings) for role, embeddings in self._batch.student.items()}
         by_role = split_by_role(self._forwards, rows)
-        distils = trainer.distillation_loss_fn is not None
         with trainer.whole_weights():
             activations = expected_activations(self._encoder, by_role)
         return build_report(
             self._batch,
             trainer.criterion,
-            distillation_temperature=trainer.config.distillation_temperature if distils else None,
+            distillation_temperature=(
+                trainer.config.distillation_temperature if self._batch.teacher else None
+            ),
+            score_temperature=_score_temperature(trainer.distillation_loss_fn),
             micro_batches=self._micro_batches,
             gradients=gradients,
             chunks={role: count_chunks(forwards) for role, forwards in by_role.items()},
@@ -107,8 +111,15 @@ class FirstStepWatch:
         self._micro_batches += 1
         if self._batch is None:
             detached = {role: embeddings.detach() for role, embeddings in student.items()}
-            loss = StepLoss(loss.total.detach(), loss.parts)
+            loss = StepLoss(loss.total.detach(), loss.parts, loss.weights)
             self._batch = FirstBatch(detached, extras, teacher, loss)
+
+
+def _score_temperature(distillation: Any) -> float | None:
+    """What a teacher's scores are divided by, where a loss uses them."""
+    terms = distillation.terms if isinstance(distillation, WeightedDistillation) else ()
+    scoring = [term.loss for term in terms if isinstance(term.loss, ScoreDistillation)]
+    return scoring[0].teacher_temperature if scoring else None
 
 
 class _WatchedObjective(Objective):

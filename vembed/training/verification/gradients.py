@@ -19,21 +19,18 @@ from vembed.chunking import take_rows
 from vembed.token_vectors import cat_items, pad_tokens
 from vembed.training.data_utils import (
     ROLES,
-    TEACHER_PREFIX,
     Inputs,
     maybe_first,
     own_rows,
     row_lengths,
-    unpack_extras,
+    teacher_batch,
+    teacher_vectors,
     unpack_roles,
 )
 from vembed.training.gradient_cache import GradientCache
 from vembed.training.objective import Embeddings
 from vembed.training.sharding import whole_tensor
 from vembed.training.trainer import Batch, Trainer
-
-# Of the keys with the prefix, `teacher_scores` are no inputs of a teacher.
-_TEACHER = tuple(f"{TEACHER_PREFIX}{role}_" for role in (*ROLES, "lengths"))
 
 Gradients = dict[str, Tensor]
 """By parameter: `encoder.NAME`, `loss.NAME`, `distillation.NAME`. One that got none is left out."""
@@ -70,8 +67,7 @@ def whole_batch_gradients(trainer: Trainer, batches: Sequence[Batch]) -> Gradien
     """
     for batch in batches:
         embeddings = {role: _embed(trainer, rows) for role, rows in _inputs(trainer, batch).items()}
-        taught = {role: _teach(trainer, rows) for role, rows in _taught(trainer, batch).items()}
-        _backward(trainer, embeddings, taught, batch, len(batches))
+        _backward(trainer, embeddings, _said(trainer, batch), batch, len(batches))
     return _take_gradients(trainer)
 
 
@@ -130,7 +126,7 @@ def cutting_error(
     largest = torch.zeros((), dtype=torch.float64)
     for number, batch in enumerate(batches):
         whole = [_embed(trainer, rows) for rows in _inputs(trainer, batch).values()]
-        whole += [_teach(trainer, rows) for rows in _taught(trainer, batch).values()]
+        whole += _said(trainer, batch).values()
         for partition in cut_by:
             shares = partition[number]
             cut = [
@@ -153,12 +149,13 @@ def _taught(trainer: Trainer, batch: Batch) -> dict[str, Inputs]:
     """The inputs of the teacher: its own where it has another tokenizer; none without a teacher."""
     if trainer.teacher_model is None:
         return {}
-    return _inputs(trainer, _of_teacher(batch))
+    return _inputs(trainer, teacher_batch(batch))
 
 
-def _of_teacher(batch: Batch) -> Batch:
-    own = {k.removeprefix(TEACHER_PREFIX): v for k, v in batch.items() if k.startswith(_TEACHER)}
-    return own or batch
+def _said(trainer: Trainer, batch: Batch) -> Embeddings:
+    """The teacher's embeddings: those that came with the batch, or one forward for each role."""
+    taught = {role: _teach(trainer, rows) for role, rows in _taught(trainer, batch).items()}
+    return teacher_vectors(batch) or taught
 
 
 def _embed(trainer: Trainer, inputs: Inputs) -> Tensor:
@@ -173,8 +170,10 @@ def _teach(trainer: Trainer, inputs: Inputs) -> Tensor:
 
 
 def _teach_in_chunks(trainer: Trainer, batch: Batch) -> Embeddings:
+    if given := teacher_vectors(batch):
+        return given
     inputs = _taught(trainer, batch)
-    lengths = row_lengths(_of_teacher(batch), inputs)
+    lengths = row_lengths(teacher_batch(batch), inputs)
     return own_rows(_in_chunks(trainer, inputs, lengths, _teach), batch)
 
 
@@ -205,7 +204,7 @@ def _join(parts: Sequence[Embeddings]) -> Embeddings:
 def _backward(
     trainer: Trainer, embeddings: Embeddings, taught: Embeddings, batch: Batch, micro_batches: int
 ) -> None:
-    loss = trainer.objective(embeddings, unpack_extras(batch), taught or None)
+    loss = trainer.objective(embeddings, trainer.extras_of(batch), taught or None)
     (loss.total / micro_batches).backward()  # type: ignore[no-untyped-call]
 
 

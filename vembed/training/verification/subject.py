@@ -20,12 +20,12 @@ from vembed.data.sampler import own_share
 from vembed.errors import ConfigError
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.run import build_accelerator, build_trainer, check_mode
-from vembed.training.run_data import Rows, RunData, build_collator, build_quarantine, load_rows
+from vembed.training.run_data import Rows, RunData, build_quarantine, load_rows
 from vembed.training.trainer import Batch, Trainer
 from vembed.training.verification.cases import LORA, Case, Scope, Variation, settings_of
 
 if TYPE_CHECKING:
-    from vembed.models.protocol import Encoder
+    from vembed.data import RecordLoader
 
 _ADAPTER_SCALE = 0.02
 
@@ -134,7 +134,13 @@ def prepare(subject: Subject, case: Case) -> Prepared:
             raise
         raise DoesNotApplyError(str(error)) from error
     trainer = build_trainer(config, accelerator, encoder, RunData(subject.rows))
-    modules = (encoder, trainer.criterion, trainer.teacher_model, trainer.distillation_loss_fn)
+    modules = (
+        encoder,
+        trainer.criterion,
+        trainer.teacher_model,
+        trainer.distillation_loss_fn,
+        None if trainer.guide is None else trainer.guide.encoder,
+    )
     dtype = getattr(torch, subject.scope.dtype_of(case.variation))
     for module in modules:
         if isinstance(module, nn.Module):
@@ -143,8 +149,8 @@ def prepare(subject: Subject, case: Case) -> Prepared:
     if case.variation.loss_scale is not None:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=case.variation.loss_scale)
     trainer.prepare()
-    collate = build_collator(encoder, cast("Encoder | None", trainer.teacher_model))
-    return Prepared(trainer, records, collate, config.seed)
+    loader = cast("RecordLoader", trainer.dataloader)
+    return Prepared(trainer, records, loader.collator, config.seed)
 
 
 def vary(encoder: nn.Module, variation: Variation) -> None:

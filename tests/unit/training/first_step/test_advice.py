@@ -10,12 +10,14 @@ import torch
 from tests.unit.training.first_step.batches import healthy, report_on
 from vembed.config import TrainConfig
 from vembed.losses.cosent import CoSENT
-from vembed.losses.distillation import SimilarityKL
+from vembed.losses.distillation.similarity import SimilarityKL
+from vembed.losses.distillation.weighted import Term, WeightedDistillation
 from vembed.losses.info_nce import InfoNCE
 from vembed.losses.sigmoid import PairwiseSigmoid
 from vembed.losses.supcon import SupervisedContrastive
 from vembed.training.first_step.advice import advise
-from vembed.training.first_step.report import GradientNorm
+from vembed.training.first_step.report import FirstStepReport, GradientNorm, Loss
+from vembed.training.objective import Objective
 
 GRADIENTS = {"backbone": GradientNorm(4, 0.5), "loss": GradientNorm(1, 0.1)}
 
@@ -161,7 +163,21 @@ def test_distillation_temperature(temperature, name):
     teacher, _ = healthy(seed=1)
     distillation = SimilarityKL(temperature)
     report = report_on(student, extras, InfoNCE(0.1), distillation=distillation, teacher=teacher)
-    assert f"distillation_temperature {temperature:.4g} " in only(report, f"{name} teacher")
+    text = only(report, f"{name} teacher")
+    assert f"at temperature {temperature:.4g} the teacher's softmax" in text
+    assert f"distillation_temperature, such as {report.teacher.teacher_deviation:.2g}" in text
+
+
+@pytest.mark.parametrize("weight", [1, 400])
+def test_a_teacher_that_is_not_heard(weight):
+    student, extras = healthy()
+    teacher, _ = healthy(seed=1)
+    distillation = WeightedDistillation([Term("distillation.x", SimilarityKL(0.2), weight / 10)])
+    loss = Objective(InfoNCE(0.1), distillation, 0.5)(student, extras, teacher)
+    report = FirstStepReport(loss=Loss("InfoNCE", 1.0, loss.parts, loss.weights))
+    found = [advice.text for advice in advise(report) if advice.name == "unheard teacher"]
+    assert len(found) == (weight == 1)
+    assert all("lower distillation_alpha" in text for text in found)
 
 
 def test_no_loss():
@@ -226,6 +242,7 @@ ALL = {
     "saturated softmax",
     "flat teacher",
     "saturated teacher",
+    "unheard teacher",
     "not finite",
     "no loss",
     "at chance",
@@ -244,7 +261,7 @@ def reports_with_every_warning():
     copies = {**extras, "ids_query": same, "ids_positive": same}
     still = {"backbone": GradientNorm(4, 0.0)}
     teacher, _ = healthy(seed=1)
-    for temperature in (5.0, 1e-4):
+    for temperature in (5.0, 0.05, 1e-4):
         distillation = SimilarityKL(temperature)
         yield report_on(
             student, extras, InfoNCE(temperature), distillation=distillation, teacher=teacher

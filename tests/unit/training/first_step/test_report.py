@@ -7,7 +7,7 @@ import torch
 
 from tests.unit.training.first_step.batches import hand_made, healthy, report_on
 from vembed.losses.cosent import CoSENT
-from vembed.losses.distillation import SimilarityKL
+from vembed.losses.distillation.similarity import SimilarityKL
 from vembed.losses.info_nce import InfoNCE
 from vembed.losses.supcon import SupervisedContrastive
 from vembed.training.first_step.report import (

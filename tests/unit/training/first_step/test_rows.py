@@ -8,6 +8,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from tests.unit.training.first_step.batches import hand_made, healthy
 from vembed.training.first_step.rows import (
     Copies,
+    compare_with_scores,
     compare_with_teacher,
     count_copies,
     gather_ids,
@@ -73,6 +74,35 @@ def test_agreement_with_a_teacher():
     assert found.spearman == pytest.approx(sum(ranks) / 9)
     assert found.same_best == (sides[0].argmax(1) == sides[1].argmax(1)).double().mean()
     assert found.teacher_deviation == pytest.approx(float(sides[1].std(dim=1).mean()))
+
+
+def test_agreement_with_a_teacher_of_one_side():
+    """Rows of that side are ranked for each other, itself left out."""
+    student, _ = healthy(rows=6, seed=1)
+    other, _ = healthy(rows=6, seed=2)
+    found = compare_with_teacher(student, {"query": other["query"]}, 0.1)
+    ranks = []
+    for i in range(6):
+        rest = [j for j in range(6) if j != i]
+        sides = [cosine_similarity(e["query"][i][None], e["query"][rest]) for e in (student, other)]
+        ranks.append(spearmanr(*(side.numpy() for side in sides)).statistic)
+    assert found.spearman == pytest.approx(sum(ranks) / 6)
+
+
+def test_agreement_with_scores_of_a_teacher():
+    """Of each query's own candidates; a query with one says nothing."""
+    student, extras = hand_made([0, 1, 2, 3])
+    extras["counts_negative"] = torch.tensor([2, 0, 0, 1])
+    documents = [[0, 5, 6], [1], [2], [3, 4, 7]]
+    every = torch.cat([student["positive"], student["negative"]])
+    scores = torch.full((4, 3), -torch.inf)
+    for row, of_row in enumerate(documents):
+        scores[row, : len(of_row)] = cosine_similarity(student["query"][row][None], every[of_row])
+    found = compare_with_scores(student, {**extras, "teacher_scores": 5 * scores}, 5.0)
+    assert (found.spearman, found.same_best) == (pytest.approx(1), 1)
+    assert found.temperature == 5.0
+    turned = compare_with_scores(student, {**extras, "teacher_scores": -5 * scores.abs()}, 5.0)
+    assert turned.spearman < 1
 
 
 def test_one_document_agrees_with_nothing():

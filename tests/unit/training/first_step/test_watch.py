@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vembed.losses.distillation import SimilarityKL
+from vembed.losses.distillation.similarity import SimilarityKL
 from vembed.losses.info_nce import InfoNCE
 from vembed.training.first_step import FirstStepWatch
 from vembed.training.first_step.report import GradientNorm

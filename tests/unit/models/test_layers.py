@@ -1,0 +1,69 @@
+"""A backbone with fewer layers: which stay, and that it is saved and loaded as such."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.pictures import plain
+from tests.tiny import tiny_bert, tiny_clip, tiny_modernbert, tiny_qwen3, tiny_vit
+from vembed.errors import ConfigError
+from vembed.images import as_image_source
+from vembed.models import load_encoder
+from vembed.models.layers import _chosen
+from vembed.modes import Item
+
+
+@pytest.mark.parametrize(
+    ("keep", "count", "chosen"),
+    [
+        (3, 6, [0, 2, 5]),
+        (2, 6, [0, 5]),
+        (1, 6, [0]),
+        (6, 6, [0, 1, 2, 3, 4, 5]),
+        (4, 12, [0, 4, 7, 11]),
+        ([1, 3], 6, [1, 3]),
+    ],
+)
+def test_which_layers_stay(keep, count, chosen):
+    assert _chosen(keep, count) == chosen
+
+
+FAMILIES = {"bert": tiny_bert, "modernbert": tiny_modernbert, "qwen3": tiny_qwen3, "vit": tiny_vit}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("keep", [2, [0, 2]])
+def test_a_smaller_model_is_saved_and_loaded_as_one(family, keep, tmp_path):
+    path = FAMILIES[family](tmp_path / "whole", num_hidden_layers=4)
+    small = load_encoder(str(path), keep_layers=keep)
+    small.save_pretrained(tmp_path / "small")
+    again = load_encoder(str(tmp_path / "small"))
+    whole = load_encoder(str(path))
+    item = Item(image=as_image_source(plain())) if family == "vit" else Item("a red apple")
+    vectors = [e(**e.processor([item], role="query")) for e in (small, again, whole)]
+    torch.testing.assert_close(vectors[1], vectors[0], rtol=0, atol=1e-6)
+    assert (vectors[2] - vectors[0]).abs().max() > 1e-3
+    assert again.backbone.config.num_hidden_layers == 2
+    sizes = [sum(p.numel() for p in e.parameters()) for e in (small, whole)]
+    assert sizes[0] < sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [(9, "the model has 2 layers. Received: 9"), ([0, 5], "from 0 to 1"), ([1, 0], "rising")],
+)
+def test_layers_that_are_not_there(tiny_bert_path, keep, words):
+    with pytest.raises(ConfigError, match=words):
+        load_encoder(str(tiny_bert_path), keep_layers=keep)
+
+
+def test_a_layer_that_is_built_otherwise_cannot_move(tmp_path):
+    path = tiny_modernbert(tmp_path / "whole", num_hidden_layers=4)
+    with pytest.raises(ConfigError, match="layer 1 of a modernbert is built unlike layer 0"):
+        load_encoder(str(path), keep_layers=[1, 2])
+
+
+def test_two_towers_have_no_one_stack(tmp_path):
+    with pytest.raises(ConfigError, match="does not take keep_layers"):
+        load_encoder(str(tiny_clip(tmp_path / "clip")), keep_layers=1)

@@ -1,0 +1,1 @@
+"""What a student is taught by a teacher: its embeddings, their relations, or its scores."""

@@ -1,0 +1,85 @@
+"""Cross-encoders: a query and a document in one sequence, to one score. Teachers only.
+
+# Shapes: n pairs, T tokens
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vembed.chunking import count_tokens, plan_chunks, take_rows
+from vembed.errors import CheckpointError, ConfigError
+
+_SUFFIX = "ForSequenceClassification"
+
+
+def is_cross_encoder(folder: str | Path) -> bool:
+    """Whether a model's folder says that it classifies sequences, as cross-encoders do."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        return False
+    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
+    return any(name.endswith(_SUFFIX) for name in architectures)
+
+
+class CrossEncoder:
+    """A transformers model with a head of one number, and its tokenizer."""
+
+    def __init__(
+        self, folder: str, *, torch_dtype: str = "float32", device: torch.device | str = "cpu"
+    ) -> None:
+        """Load it, in eval mode.
+
+        Raises:
+            CheckpointError: if its files cannot be read.
+            ConfigError: if it gives more than one number.
+        """
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self.model: Any = AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=torch_dtype, local_files_only=True
+            )
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}: cannot be read as a cross-encoder ({error})"
+            ) from error
+        labels = self.model.config.num_labels
+        if labels != 1:
+            raise ConfigError(
+                f"teacher_model_name: a cross-encoder gives one score. Received: {folder}, which "
+                f"has {labels} labels"
+            )
+        self.model.to(device).eval()
+        self._device = torch.device(device)
+        most = getattr(self.model.config, "max_position_embeddings", 512)
+        self._max_length = min(self.tokenizer.model_max_length, most)
+
+    def score(
+        self, pairs: Sequence[tuple[str, str]], *, chunk_tokens: int
+    ) -> npt.NDArray[np.float32]:
+        """`[n]`, the model's own number for each pair, without a sigmoid.
+
+        Args:
+            pairs: Query and document.
+            chunk_tokens: Most padded tokens in a forward pass.
+        """
+        queries, documents = zip(*pairs, strict=True)
+        inputs = self.tokenizer(
+            list(queries), list(documents), padding=True, truncation=True,
+            max_length=self._max_length, return_tensors="pt",
+        )  # fmt: skip
+        scores = np.empty(len(pairs), dtype=np.float32)
+        for rows in plan_chunks(count_tokens(inputs), max_tokens=chunk_tokens):
+            chunk = {k: v.to(self._device) for k, v in take_rows(inputs, rows).items()}
+            with torch.no_grad():
+                scores[rows] = self.model(**chunk).logits[:, 0].float().cpu().numpy()
+        return scores

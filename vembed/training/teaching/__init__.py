@@ -1,0 +1,1 @@
+"""A teacher's opinion on the training rows: computed once, stored, and read in its place."""
