@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from vembed.config import TrainConfig, check
 from vembed.data import Collator, RecordDataset
 from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
+from vembed.distributed import fail_together
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import (
@@ -84,7 +85,6 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     encoder = build_model(config).to(accelerator.device)
     check_mode(encoder, config)
     data = _load_in_turn(config, accelerator)
-    require_taught(config, data)
     apply_lora(encoder, config, accelerator)
     trainer = build_trainer(config, accelerator, encoder, data)
     _claim_output_dir(config, accelerator)
@@ -113,16 +113,22 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
 def _load_in_turn(config: TrainConfig, accelerator: Accelerator) -> RunData:
     """Read the data on the main process first: the others then find it in the cache.
 
-    Unlike `accelerator.main_process_first()`, a main process that raises lets the others go on to
-    the same error, instead of leaving them with a broken connection.
+    Unlike `accelerator.main_process_first()`, a process that raises ends the others too, instead of
+    leaving them with a broken connection.
     """
-    if accelerator.is_main_process:
-        try:
-            return load_run_data(config)
-        finally:
-            accelerator.wait_for_everyone()
-    accelerator.wait_for_everyone()
-    return load_run_data(config)
+    data = None
+    with fail_together(accelerator.device):
+        if accelerator.is_main_process:
+            data = _load(config)
+    with fail_together(accelerator.device):
+        return data or _load(config)
+
+
+def _load(config: TrainConfig) -> RunData:
+    """The rows, all of which the teacher has taught where `teacher_cache` is set."""
+    data = load_run_data(config)
+    require_taught(config, data)
+    return data
 
 
 def raise_problems(config: TrainConfig) -> None:
