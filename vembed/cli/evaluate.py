@@ -15,7 +15,7 @@ from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError
 
 if TYPE_CHECKING:
-    from vembed.evaluation import EvalResult, EvalTask
+    from vembed.evaluation import EvalResult, EvalTask, Reduction
 
 
 def main(argv: list[str]) -> int:
@@ -29,15 +29,17 @@ def main(argv: list[str]) -> int:
     mapping = _column_mapping(arguments.column_mapping)
     # After the arguments are checked, because it imports torch.
     from vembed.data import ImageRules
-    from vembed.evaluation import compare, load_eval_task
+    from vembed.evaluation import ReducedTask, compare, load_eval_task
 
-    task = load_eval_task(
+    task: EvalTask = load_eval_task(
         arguments.data,
         column_mapping=mapping,
         retrieval_mode=arguments.retrieval_mode,
         images=ImageRules(arguments.image_root, hosts=tuple(arguments.image_hosts)),
         split=arguments.split,
     )
+    if reductions := _reductions(arguments):
+        task = ReducedTask(task, reductions)
     result = _measure(arguments.model, task, arguments)
     if arguments.before is None:
         return _print_one(result, arguments)
@@ -74,6 +76,11 @@ def _parser() -> argparse.ArgumentParser:
         help="our field name and your column name, as in query=question")  # fmt: skip
     add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
         "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
+    add("--truncate_dim", nargs="+", type=int, metavar="N", default=[],
+        help="also measure the first N numbers of each vector; several N, several rows")  # fmt: skip
+    add("--precision", nargs="+", choices=["float32", "int8", "binary"], default=[],
+        help="also measure vectors that are kept so: int8, or binary, whose 40 nearest by Hamming "
+        "distance are put in order by the query's own numbers")  # fmt: skip
     add("--batch_size", type=int, help="most items in a forward pass; their length decides else")
     add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
     add("--json", action="store_true", help="print one JSON object of all metrics, nothing else")
@@ -85,6 +92,20 @@ def _column_mapping(pairs: Sequence[str]) -> dict[str, str] | None:
     if broken:
         raise ConfigError(f"--column_mapping: expected FIELD=COLUMN. Received: {broken[0]!r}")
     return dict(pair.split("=", 1) for pair in pairs) or None
+
+
+def _reductions(arguments: argparse.Namespace) -> list[Reduction]:
+    """Each size in each precision; not the vectors as they come, which are measured anyway."""
+    from vembed.evaluation import Reduction
+
+    if any(dim < 1 for dim in arguments.truncate_dim):
+        raise ConfigError(f"--truncate_dim: must be at least 1. Received: {arguments.truncate_dim}")
+    found = [
+        Reduction(dim, precision)
+        for dim in dict.fromkeys(arguments.truncate_dim or [None])
+        for precision in dict.fromkeys(arguments.precision or ["float32"])
+    ]
+    return [reduction for reduction in found if reduction != Reduction()]
 
 
 def _measure(model: str, task: EvalTask, arguments: argparse.Namespace) -> EvalResult:
