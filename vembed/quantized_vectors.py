@@ -1,9 +1,8 @@
 """Vectors in fewer bytes: a byte or a bit for each number.
 
-`int8` cuts the range of each dimension into 256 equal steps; the ranges come from a sample.
-`binary` and `ubinary` keep signs, eight in a byte, as signed or unsigned bytes. What
-sentence-transformers' `quantize_embeddings` calls so is the same, but for int8's rounding: to the
-nearest step here, and never beyond the ends of the range.
+`int8` cuts the range of each dimension into 256 steps; the ranges come from a sample. `binary` and
+`ubinary` keep signs, eight in a byte, as signed or unsigned bytes. All are what
+sentence-transformers' `quantize_embeddings` gives under these names.
 
 # Shapes: n vectors, D size, B = ceil(D / 8) bytes; Q queries, N documents
 """
@@ -72,11 +71,11 @@ class Ranges:
     @property
     def step_D(self) -> Floats:
         """Between two neighbouring codes; above 0 also where a dimension never varies."""
-        span_D = self.highest_D - self.lowest_D
-        return np.where(span_D > 0, span_D, 1).astype(np.float32) / np.float32(_STEPS)
+        step_D = (self.highest_D - self.lowest_D) / np.float32(_STEPS)
+        return np.asarray(np.where(step_D > 0, step_D, np.float32(1)))
 
     def encode(self, vectors_nD: Floats) -> npt.NDArray[np.int8]:
-        """The nearest of 256 steps, from -128 to 127.
+        """Which of 256 steps each number is in, from -128 to 127; beyond the range, the last.
 
         Raises:
             ConfigError: if vectors are of another size.
@@ -86,14 +85,14 @@ class Ranges:
                 f"int8: the ranges are of {len(self.lowest_D)} dimensions. Received: vectors of "
                 f"{vectors_nD.shape[1]}"
             )
-        steps_nD = np.rint((vectors_nD - self.lowest_D) / self.step_D)
+        steps_nD = np.floor((vectors_nD - self.lowest_D) / self.step_D)
         codes: npt.NDArray[np.int8] = (np.clip(steps_nD, 0, _STEPS) - 128).astype(np.int8)
         return codes
 
     def decode(self, codes_nD: npt.NDArray[np.int8]) -> Floats:
-        """The values that codes stand for."""
-        values: Floats = (codes_nD.astype(np.float32) + 128) * self.step_D + self.lowest_D
-        return values
+        """The middle of each step: at most half a step from what was encoded."""
+        middle_nD = codes_nD.astype(np.float32) + np.float32(128.5)
+        return np.asarray(np.minimum(middle_nD * self.step_D + self.lowest_D, self.highest_D))
 
 
 def pack_signs(vectors_nD: Floats, *, signed: bool = False) -> npt.NDArray[np.int8 | np.uint8]:

@@ -94,10 +94,11 @@ def _parser() -> argparse.ArgumentParser:
         help="unit length or not (default: as the model was made)")  # fmt: skip
     add("--truncate_dim", type=int, metavar="N", help="keep the first N numbers of each vector")
     add("--precision", choices=["float32", "int8", "binary", "ubinary"], default="float32",
-        help="a byte (int8) or a bit for each number; ubinary packs eight bits in an unsigned byte, "
-        "binary in a signed one")  # fmt: skip
-    add("--ranges", metavar="FILE", help="int8: ranges of an earlier call, .ranges.npy, so that both "
-        f"compare; default: those of the first {_WINDOW_ROWS:,} rows, written beside the vectors")  # fmt: skip
+        help="a byte (int8) or a bit for each number; ubinary packs eight bits in an unsigned "
+        "byte, binary in a signed one")  # fmt: skip
+    add("--ranges", metavar="FILE", help="int8: the .ranges.npy of an earlier call, so that both "
+        f"compare; default: those of the first {_WINDOW_ROWS:,} rows, written beside the vectors",
+    )  # fmt: skip
     add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
         "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
     add("--batch_size", type=int, help="most items in a forward pass; their length decides else")

@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
         "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
     add("--truncate_dim", nargs="+", type=int, metavar="N", default=[],
-        help="also measure the first N numbers of each vector; several N, several rows")  # fmt: skip
+        help="also measure the first N numbers of each vector, for each N a row")  # fmt: skip
     add("--precision", nargs="+", choices=["float32", "int8", "binary"], default=[],
         help="also measure vectors that are kept so: int8, or binary, whose 40 nearest by Hamming "
         "distance are put in order by the query's own numbers")  # fmt: skip

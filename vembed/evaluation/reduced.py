@@ -18,6 +18,10 @@ _SAMPLE = 10_000
 """Documents that the ranges of int8 come from, at most."""
 
 
+Kept = dict[tuple[Role, tuple[Item, ...]], SearchVectors]
+"""What was encoded, by role and items."""
+
+
 @dataclass(frozen=True)
 class Reduction:
     """Smaller vectors.
@@ -74,11 +78,13 @@ class ReducedTask:
         Raises:
             ConfigError: if vectors are shorter than asked for, or one for each token.
         """
-        kept: dict[Role, SearchVectors] = {}
+        kept: Kept = {}
 
         def remember(items: Sequence[Item], role: Role) -> SearchVectors:
-            kept[role] = encode(items, role)
-            return kept[role]
+            key = (role, tuple(items))
+            if key not in kept:
+                kept[key] = encode(items, role)
+            return kept[key]
 
         result = self.task.evaluate(remember)
         for reduction in self.reductions:
@@ -90,17 +96,17 @@ class ReducedTask:
 class _Reducer:
     """Gives what is kept, made smaller."""
 
-    def __init__(self, kept: dict[Role, SearchVectors], reduction: Reduction) -> None:
+    def __init__(self, kept: Kept, reduction: Reduction) -> None:
         self._reduction = reduction
-        self._kept = {role: _cut(vectors, reduction.dim) for role, vectors in kept.items()}
+        self._kept = {key: _cut(vectors, reduction.dim) for key, vectors in kept.items()}
         self._ranges = None
         if reduction.precision == "int8":
-            documents = self._kept.get("document", next(iter(self._kept.values())))
-            step = -(-len(documents) // _SAMPLE) or 1
-            self._ranges = Ranges.of(documents[::step])
+            documents = [rows for (role, _), rows in self._kept.items() if role == "document"]
+            step = -(-sum(map(len, documents)) // _SAMPLE) or 1
+            self._ranges = Ranges.of(np.concatenate(documents)[::step])
 
     def __call__(self, items: Sequence[Item], role: Role) -> SearchVectors:
-        vectors = self._kept[role]
+        vectors = self._kept[role, tuple(items)]
         if self._ranges is not None:
             stored = role == "document"
             return self._ranges.decode(self._ranges.encode(vectors)) if stored else vectors

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer, losses
 from torch import nn
 
+from tests.tiny import PAIRS
 from tests.unit.losses.conformance import (
     EXACT,
     MATRYOSHKAS,
@@ -99,22 +101,16 @@ def test_a_weight_or_a_length_gone_astray_is_seen(wrapper, differs):
     assert distance > 0.01 if differs else distance <= EXACT
 
 
-def test_sentence_transformers_gives_the_same():
-    losses = pytest.importorskip("sentence_transformers.losses.MatryoshkaLoss")
-    batch = make_pairs(0)
-    query, positive = batch["query"], batch["positive"]
-    ours = Matryoshka(build_criterion("infonce", temperature=0.05), (5, 3), (1.0, 0.3))(
-        query, positive=positive
-    )
-    theirs = 0
-    for dim, weight in ((5, 1.0), (3, 0.3)):
-        # What its decorator does to the embeddings before it hands them to the loss.
-        decorator = losses.ForwardDecorator(lambda features: features)
-        decorator.set_dim(dim)
-        cut = [decorator.shrink(rows) for rows in (query, positive)]
-        scores = nn.functional.normalize(cut[0]) @ nn.functional.normalize(cut[1]).T * 20
-        theirs = theirs + weight * nn.functional.cross_entropy(scores, torch.arange(6))
-    assert abs(ours - theirs) <= 1e-6
+def test_sentence_transformers_gives_the_same(tiny_st_path):
+    model = SentenceTransformer(str(tiny_st_path), device="cpu").eval()
+    texts = [[row[side] for row in PAIRS[:6]] for side in ("query", "positive")]
+    ranking = losses.MultipleNegativesRankingLoss(model, scale=20.0)
+    dims, weights = [8, 32, 16], [0.3, 1.0, 2.0]
+    features = [model.preprocess(side) for side in texts]
+    theirs = losses.MatryoshkaLoss(model, ranking, dims, weights)(features, torch.empty(0))
+    query, positive = (model.encode(side, convert_to_tensor=True) for side in texts)
+    ours = Matryoshka(build_criterion("infonce", temperature=0.05), dims, weights)
+    assert abs(ours(query, positive=positive) - theirs) <= 1e-5 * theirs
 
 
 def test_the_temperature_is_shared_and_kept_in_range_and_in_the_model():

@@ -427,6 +427,7 @@ class TestSaving:
         extra = {key: value for needs in NEEDS.values() for key, value in needs.items()}
         settings = {key: value for key, (_, value) in OTHER.items()} | extra
         settings |= {
+            "mrl_dims": [16, 8],
             "ddp_static_graph": False,
             "streaming": False,
             "text_model_name": None,
