@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError
@@ -140,7 +141,7 @@ def _print_one(result: EvalResult, arguments: argparse.Namespace) -> int:
     table.add_column("95 % interval", justify="right")
     for name, interval in confidence_intervals(result).items():
         value, low, high = (f"{n:.4f}" for n in (result.metrics[name], interval.low, interval.high))
-        table.add_row(metric_label(name), value, f"{low} to {high}")
+        table.add_row(Text(metric_label(name)), value, f"{low} to {high}")
     table.caption = f"{len(result):,} {result.items}; all metrics: --json"
     Console().print(table)
     return 0

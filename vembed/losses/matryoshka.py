@@ -123,7 +123,7 @@ class Matryoshka(nn.Module):
 
 
 def innermost(criterion: Any) -> Any:
-    """The loss itself, of one that may be wrapped."""
+    """The loss itself, of one that may be wrapped; all that is learned is in it."""
     return criterion.criterion if isinstance(criterion, Matryoshka) else criterion
 
 
