@@ -97,8 +97,10 @@ def encode_items(
                 chunk = take_rows(inputs, rows, longest=lengths[rows[0]])
                 on_device = {name: tensor.to(where) for name, tensor in chunk.items()}
                 output = encoder(normalize=normalize, **on_device).float()
-                unit = encoder.normalize if normalize is None else normalize
-                outputs.append(_truncate(output, truncate_dim, unit=unit))
+                if truncate_dim is not None:
+                    unit = encoder.normalize if normalize is None else normalize
+                    output = _truncate(output, truncate_dim, unit=unit)
+                outputs.append(output)
                 if progress is not None:
                     progress(sum(copies[window[row]] for row in rows))
             encoded += [window[row] for rows in chunks for row in rows]
@@ -124,8 +126,8 @@ def check_truncate_dim(encoder: Encoder, truncate_dim: int | None) -> None:
         )
 
 
-def _truncate(vectors_BD: Tensor, dim: int | None, *, unit: bool) -> Tensor:
-    if dim is None or dim == vectors_BD.shape[-1]:
+def _truncate(vectors_BD: Tensor, dim: int, *, unit: bool) -> Tensor:
+    if dim == vectors_BD.shape[-1]:
         return vectors_BD
     cut_Bd = vectors_BD[:, :dim]
     return functional.normalize(cut_Bd, dim=-1) if unit else cut_Bd

@@ -200,6 +200,11 @@ class Predictor:
                     truncate_dim=self.truncate_dim,
                 )
             return TokenVectors.from_arrays(listed)
+        if side.dtype.kind in "iu":
+            raise DataError(
+                "similarity: takes numbers, not the codes of another precision. Received: an array "
+                f"of {side.dtype}. Decode int8 with its ranges (vembed.quantized_vectors)"
+            )
         vectors: npt.NDArray[np.float32] = np.atleast_2d(side).astype(np.float32)
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
         unit: npt.NDArray[np.float32] = vectors / np.maximum(length, np.finfo(np.float32).tiny)

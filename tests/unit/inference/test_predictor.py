@@ -191,6 +191,8 @@ def test_other_precisions_are_those_of_sentence_transformers(predictor, theirs, 
     ours = predictor.encode(TEXTS, precision=precision, ranges=ranges)
     stacked = np.stack([ranges.lowest_D, ranges.highest_D])
     np.testing.assert_array_equal(ours, quantize_embeddings(vectors, precision, ranges=stacked))
+    with pytest.raises(DataError, match="codes of another precision"):
+        predictor.similarity(ours, ours)
 
 
 @pytest.mark.parametrize("dim", [0, 33])
