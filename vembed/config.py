@@ -423,6 +423,18 @@ class TrainConfig(BaseModel):
         description="Frozen model that judges which candidates are too similar to be negatives; "
         "named like model_name",
     )
+    use_mrl: bool = Field(
+        False,
+        description="Matryoshka: train the first numbers of each vector to be good alone, too",
+    )
+    mrl_dims: list[Annotated[Int, Field(gt=0)]] | None = Field(
+        None,
+        description="How many numbers, as in [256, 128, 64]; the whole is always among them; null: "
+        "the whole, and halves of it down to a sixteenth",
+    )
+    mrl_weights: list[Annotated[Float, Field(gt=0)]] | None = Field(
+        None, description="Weights of the losses of mrl_dims, in their order; null: 1 each"
+    )
     teacher_model_name: str | None = Field(
         None, description="Model to distil from; named like model_name"
     )
@@ -733,6 +745,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_composed_conflicts(config),
         *_lora_conflicts(config),
         *_loss_conflicts(config),
+        *_matryoshka_conflicts(config),
         *_token_conflicts(config),
         *_data_conflicts(config),
         *_validation_conflicts(config),
@@ -839,9 +852,29 @@ def _token_conflicts(config: TrainConfig) -> Iterator[Problem]:
         ("encoder_mode", config.encoder_mode in ("dual", "composed"),
          f"the towers of a {config.encoder_mode} encoder meet in one vector. Use text, vision or "
          "vlm, or a pooling_method other than none with loss_type: infonce"),
+        ("use_mrl", config.use_mrl,
+         "Matryoshka cuts one vector for each item, not one for each token. Remove it"),
     ):  # fmt: skip
         if clashes:
             yield Problem((key, "pooling_method", "loss_type"), rule)
+
+
+def _matryoshka_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    dims, weights = config.mrl_dims, config.mrl_weights
+    if not config.use_mrl:
+        for key in ("mrl_dims", "mrl_weights"):
+            if config[key] is not None:
+                yield Problem((key, "use_mrl"), "has no use without Matryoshka. Set use_mrl: true")
+        return
+    if dims is not None and (not dims or len(set(dims)) < len(dims)):
+        yield Problem(("mrl_dims",), f"expected different numbers. Received: {dims}")
+    if weights is not None and dims is None:
+        yield Problem(("mrl_weights", "mrl_dims"), "says nothing without mrl_dims. Set both")
+    elif weights is not None and dims is not None and len(weights) != len(dims):
+        yield Problem(
+            ("mrl_weights", "mrl_dims"),
+            f"expected one for each of the {len(dims)} mrl_dims. Received: {len(weights)}",
+        )
 
 
 def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:

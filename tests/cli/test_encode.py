@@ -8,6 +8,7 @@ import pytest
 from vembed.cli import main
 from vembed.inference import Predictor
 from vembed.models import load_encoder
+from vembed.quantized_vectors import Ranges, quantize
 
 TEXTS = ["red apple", "deep blue ocean", "red apple", "the old king"]
 
@@ -175,3 +176,46 @@ def test_the_file_fits_the_model(late_path, tiny_st_path, tmp_path, capsys):
         assert main([*command, "--device", "cpu"]) == 2
         assert f"goes into a {fits} file" in capsys.readouterr().err
         assert not output.exists()
+
+
+def test_fewer_numbers_in_fewer_bits(encode, expected, tmp_path):
+    path = write(tmp_path / "rows.txt", "\n".join(TEXTS))
+    whole = expected.encode(TEXTS)
+    cut = whole[:, :16] / np.linalg.norm(whole[:, :16], axis=1, keepdims=True)
+    vectors, _ = encode(path, "--truncate_dim", "16")
+    np.testing.assert_allclose(vectors, cut, atol=1e-6)
+    for precision, kind in (("binary", np.int8), ("ubinary", np.uint8)):
+        packed, _ = encode(path, "--truncate_dim", "16", "--precision", precision)
+        assert (packed.dtype, packed.shape) == (kind, (4, 2))
+        np.testing.assert_array_equal(packed, quantize(cut, precision))
+
+
+def test_int8_by_the_ranges_of_the_first_rows_or_of_another_call(encode, expected, tmp_path):
+    path = write(tmp_path / "rows.txt", "\n".join(TEXTS))
+    whole = expected.encode(TEXTS)
+    codes, _ = encode(path, "--precision", "int8")
+    assert codes.dtype == np.int8
+    ranges = Ranges.load(tmp_path / "out.ranges.npy")
+    np.testing.assert_allclose(ranges.highest_D, whole.max(0), atol=1e-6)
+    assert np.abs(ranges.decode(codes) - whole).max() <= ranges.step_D.max()
+    (tmp_path / "out.ranges.npy").rename(tmp_path / "kept.npy")
+    one = write(tmp_path / "one.txt", TEXTS[1])
+    again, _ = encode(one, "--precision", "int8", "--ranges", str(tmp_path / "kept.npy"))
+    assert np.abs(again[0].astype(int) - codes[1]).max() <= 1
+    assert not (tmp_path / "out.ranges.npy").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--truncate_dim", "99"], "truncate_dim: expected from 1 to 32"),
+        (["--ranges", "kept.npy"], "--ranges: has no use with --precision float32"),
+        (["--precision", "int8", "--ranges", "nothing.npy"], "nothing.npy: ranges cannot be read"),
+    ],
+)
+def test_smaller_vectors_that_cannot_be(capsys, tmp_path, tiny_st_path, options, message):
+    path = write(tmp_path / "rows.txt", "\n".join(TEXTS))
+    arguments = ["--model", str(tiny_st_path), "--data", str(path), "--device", "cpu"]
+    assert main(["encode", *arguments, "--output", str(tmp_path / "out.npy"), *options]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out.npy").exists()

@@ -6,6 +6,8 @@ import pytest
 
 from tests.tiny import tiny_bert
 from vembed.cli import main
+from vembed.evaluation import load_eval_task
+from vembed.inference import Predictor
 
 
 def test_json_is_all_there_is_on_stdout(vembed, tiny_st_path, beir_path):
@@ -74,3 +76,23 @@ def test_mistakes(capsys, tiny_st_path, beir_path, arguments, message):
     fixed = ["--model", str(tiny_st_path), "--data", str(beir_path)]
     assert main(["evaluate", *fixed, *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_smaller_vectors_are_rows_of_their_own(capsys, tiny_st_path, beir_path):
+    arguments = ["--model", str(tiny_st_path), "--data", str(beir_path), "--device", "cpu"]
+    smaller = ["--truncate_dim", "16", "8", "--precision", "float32", "int8", "binary"]
+    assert main(["evaluate", *arguments, *smaller, "--json"]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    names = [name for name in metrics if name.startswith("ndcg@10[")]
+    assert names == [f"ndcg@10[{d}{p}]" for d in (16, 8) for p in ("", " int8", " binary")]
+    task = load_eval_task(beir_path)
+    alone = Predictor(str(tiny_st_path), device="cpu", truncate_dim=8)
+    expected = task.evaluate(alone.encode_items).metrics["ndcg@10"]
+    assert metrics["ndcg@10[8]"] == pytest.approx(expected)
+    assert main(["evaluate", *arguments, "--precision", "int8"]) == 0
+    assert "nDCG@10 [int8]" in capsys.readouterr().out
+    assert main(["evaluate", *arguments, "--truncate_dim", "8", "--before", arguments[1]]) == 0
+    assert "nDCG@10 [8]" in capsys.readouterr().out
+    for dim in ("0", "99"):
+        assert main(["evaluate", *arguments, "--truncate_dim", dim]) == 2
+        assert "truncate_dim" in capsys.readouterr().err

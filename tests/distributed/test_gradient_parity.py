@@ -11,6 +11,7 @@ from tests.numerics.test_gradient_parity import (
     DISTINCT,
     EVERY_KIND,
     FAMILIES,
+    NESTED,
     failures,
     fitting,
     rows_for,
@@ -55,6 +56,12 @@ def verify(pair, tmp_path, request):
         return verify_on(pair, config, scope, variations=variations)
 
     return run
+
+
+def test_a_matryoshka(verify, tmp_path):
+    teacher = tiny_bert(tmp_path / "teacher", hidden_size=16, seed=5)
+    verification = verify(AS_CONFIGURED, UNEVEN, LORA, **NESTED, teacher_model_name=str(teacher))
+    assert not failures(verification)
 
 
 @pytest.mark.parametrize("loss", DISTINCT)

@@ -10,6 +10,7 @@ from tests.launch import ChildFailed, run_on_processes
 from tests.unit.losses.conformance import (
     CASES,
     EXACT,
+    MATRYOSHKAS,
     Case,
     check_processes,
     distance_of_processes,
@@ -31,6 +32,17 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_processes_equal_one_big_batch(case):
     for split in case.splits:
         check_processes(case, split)
+
+
+@pytest.mark.parametrize("case", MATRYOSHKAS.values(), ids=MATRYOSHKAS)
+def test_a_matryoshka_on_processes_equals_one_big_batch(case):
+    check_processes(case, case.splits[2])
+
+
+@pytest.mark.parametrize("sabotage", ["no gather", "times W", "divided by W"])
+def test_a_mistake_under_a_matryoshka_is_noticed(sabotage):
+    case = MATRYOSHKAS["infonce-two-sided"]
+    assert distance_of_processes(case, case.splits[2], sabotage) > 1e-3
 
 
 @pytest.mark.parametrize(

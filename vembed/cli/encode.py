@@ -26,6 +26,7 @@ ID_COLUMNS = ("_id", "id")
 """Columns that name a row unless `--id_column` does."""
 
 ARRAY_FILE, TOKENS_FILE = ".npy", ".npz"
+RANGES_FILE = ".ranges.npy"
 
 _NAMES = {
     TEXT: ("text", "texts"),
@@ -98,6 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompt", help="text put before every text, instead of the role's; '' for none")
     add("--normalize", action=argparse.BooleanOptionalAction, default=None,
         help="unit length or not (default: as the model was made)")  # fmt: skip
+    add("--truncate_dim", type=int, metavar="N", help="keep the first N numbers of each vector")
+    add("--precision", choices=["float32", "int8", "binary", "ubinary"], default="float32",
+        help="a byte (int8) or a bit for each number; ubinary packs eight bits in an unsigned "
+        "byte, binary in a signed one")  # fmt: skip
+    add("--ranges", metavar="FILE", help="int8: the .ranges.npy of an earlier call, so that both "
+        f"compare; default: those of the first {_WINDOW_ROWS:,} rows, written beside the vectors",
+    )  # fmt: skip
     add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
         "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
     add("--batch_size", type=int, help="most items in a forward pass; their length decides else")
@@ -248,9 +256,53 @@ def _write_vectors(
             f"--output: {arguments.model!r} gives {given}, which goes into a {fitting} file. "
             f"Received: {arguments.output!r}"
         )
+    quantizer = _Quantizer(arguments)
+    if keeps_tokens and arguments.precision != "float32":
+        raise ConfigError(
+            f"--precision: a vector for each token is float32 here. Received: {arguments.precision}"
+        )
     write = _write_tokens if keeps_tokens else _write_array
     with progress_bar("encoding", count) as advance:
-        return write(_encode_windows(rows, predictor, arguments, advance), path, count)
+        windows = _encode_windows(rows, predictor, arguments, advance)
+        written = write(windows if keeps_tokens else map(quantizer, windows), path, count)
+    return written + quantizer.write_ranges(Path(arguments.output).with_suffix(RANGES_FILE))
+
+
+class _Quantizer:
+    """Windows of vectors in the precision that was asked for."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        """Read the ranges, if a file is named.
+
+        Raises:
+            ConfigError: if ranges are given that have no use.
+            DataError: if they cannot be read.
+        """
+        from vembed.quantized_vectors import Ranges
+
+        self._precision = arguments.precision
+        self._given = arguments.ranges is not None
+        if self._given and self._precision != "int8":
+            raise ConfigError(
+                f"--ranges: has no use with --precision {self._precision}. Set --precision int8"
+            )
+        self._ranges = Ranges.load(arguments.ranges) if self._given else None
+
+    def __call__(self, vectors: Any) -> Any:
+        """The next window; ranges are those of the first."""
+        from vembed.quantized_vectors import Ranges, quantize
+
+        if self._precision == "int8" and self._ranges is None:
+            self._ranges = Ranges.of(vectors)
+        return quantize(vectors, self._precision, self._ranges)
+
+    def write_ranges(self, path: Path) -> str:
+        """Keep the ranges that were found, for what is compared with these vectors; says where."""
+        if self._ranges is None or self._given:
+            return ""
+        with _replacing(path) as part:
+            self._ranges.save(part)
+        return f"; ranges: {path}"
 
 
 def _refuse_file_names(predictor: Predictor, arguments: argparse.Namespace) -> None:
@@ -287,6 +339,7 @@ def _encode_windows(
             role=arguments.role,
             prompt=arguments.prompt,
             normalize=arguments.normalize,
+            truncate_dim=arguments.truncate_dim,
             max_items=arguments.batch_size,
             progress=advance,
         )
@@ -297,13 +350,13 @@ def _write_array(windows: Iterator[Any], path: Path, count: int) -> str:
 
     first = next(windows)
     shape = (count, first.shape[1])
-    vectors = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+    vectors = np.lib.format.open_memmap(path, mode="w+", dtype=first.dtype, shape=shape)
     done = 0
     for window in chain([first], windows):
         vectors[done : done + len(window)] = window
         done += len(window)
     vectors.flush()
-    return f"{shape[0]:,} x {shape[1]} float32"
+    return f"{shape[0]:,} x {shape[1]} {first.dtype}"
 
 
 def _write_tokens(windows: Iterator[Any], path: Path, count: int) -> str:

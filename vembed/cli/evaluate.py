@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from vembed.cli.image_options import add_image_options, image_rules
 from vembed.cli.terminal import progress_bar
@@ -20,7 +21,7 @@ from vembed.modes import RetrievalMode
 from vembed.training.yaml_settings import read_yaml_value
 
 if TYPE_CHECKING:
-    from vembed.evaluation import EvalResult, EvalTask
+    from vembed.evaluation import EvalResult, EvalTask, Reduction
 
 
 def main(argv: list[str]) -> int:
@@ -34,10 +35,10 @@ def main(argv: list[str]) -> int:
     mapping = _column_mapping(arguments.column_mapping)
     rules = image_rules(arguments)
     # After the arguments are checked, because it imports torch.
-    from vembed.evaluation import compare, load_eval_task
+    from vembed.evaluation import ReducedTask, compare, load_eval_task
 
     mode = _retrieval_mode(arguments)
-    task = load_eval_task(
+    task: EvalTask = load_eval_task(
         arguments.data,
         column_mapping=mapping,
         retrieval_mode=mode,
@@ -45,6 +46,8 @@ def main(argv: list[str]) -> int:
         split=arguments.split,
     )
     _warn_of_file_names(task, mode, arguments)
+    if reductions := _reductions(arguments):
+        task = ReducedTask(task, reductions)
     result = _measure(arguments.model, task, arguments)
     if arguments.before is None:
         return _print_one(result, arguments)
@@ -80,6 +83,11 @@ def _parser() -> argparse.ArgumentParser:
         "'{query: question}'")  # fmt: skip
     add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
         "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
+    add("--truncate_dim", nargs="+", type=int, metavar="N", default=[],
+        help="also measure the first N numbers of each vector, for each N a row")  # fmt: skip
+    add("--precision", nargs="+", choices=["float32", "int8", "binary"], default=[],
+        help="also measure vectors that are kept so: int8, or binary, whose 40 nearest by Hamming "
+        "distance are put in order by the query's own numbers")  # fmt: skip
     add("--batch_size", type=int, help="most items in a forward pass; their length decides else")
     add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
     add("--json", action="store_true", help="print one JSON object of all metrics, nothing else")
@@ -129,6 +137,20 @@ def _warn_of_file_names(task: EvalTask, mode: RetrievalMode, arguments: argparse
         sys.stderr.write(f"warning: {warning}\n")
 
 
+def _reductions(arguments: argparse.Namespace) -> list[Reduction]:
+    """Each size in each precision; not the vectors as they come, which are measured anyway."""
+    from vembed.evaluation import Reduction
+
+    if any(dim < 1 for dim in arguments.truncate_dim):
+        raise ConfigError(f"--truncate_dim: must be at least 1. Received: {arguments.truncate_dim}")
+    found = [
+        Reduction(dim, precision)
+        for dim in dict.fromkeys(arguments.truncate_dim or [None])
+        for precision in dict.fromkeys(arguments.precision or ["float32"])
+    ]
+    return [reduction for reduction in found if reduction != Reduction()]
+
+
 def _measure(model: str, task: EvalTask, arguments: argparse.Namespace) -> EvalResult:
     from vembed.inference import Predictor, encode_items
 
@@ -161,7 +183,7 @@ def _print_one(result: EvalResult, arguments: argparse.Namespace) -> int:
     table.add_column("95 % interval", justify="right")
     for name, interval in confidence_intervals(result).items():
         value, low, high = (f"{n:.4f}" for n in (result.metrics[name], interval.low, interval.high))
-        table.add_row(metric_label(name), value, f"{low} to {high}")
+        table.add_row(Text(metric_label(name)), value, f"{low} to {high}")
     table.caption = f"{len(result):,} {result.items}; all metrics: --json"
     Console().print(table)
     return 0

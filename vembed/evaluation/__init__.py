@@ -10,6 +10,7 @@ from vembed.evaluation.labelled import LabelledTask
 from vembed.evaluation.metrics import compute_metrics, metric_label
 from vembed.evaluation.moved import MovedQueries, MovedQuery, moved_queries
 from vembed.evaluation.pairs import GradedPairsTask
+from vembed.evaluation.reduced import ReducedTask, Reduction
 from vembed.evaluation.results import Encode, EvalResult, EvalTask, Rankings
 from vembed.evaluation.retrieval import RetrievalTask
 from vembed.evaluation.tasks import load_eval_task, task_from_records
@@ -26,6 +27,8 @@ __all__ = [
     "MovedQueries",
     "MovedQuery",
     "Rankings",
+    "ReducedTask",
+    "Reduction",
     "RetrievalTask",
     "choose_gallery",
     "compare",

@@ -20,6 +20,7 @@ from scipy.stats import rankdata
 
 from vembed.errors import ConfigError
 from vembed.evaluation.correlation import pearson, spearman
+from vembed.evaluation.metrics import metric_without_reduction
 from vembed.evaluation.results import EvalResult
 
 LEVEL = 0.95
@@ -145,7 +146,7 @@ _STATISTICS: dict[str, Callable[[Floats], Floats]] = {"spearman": spearman, "pea
 
 def _bootstrap(name: str, sides: Sequence[Floats]) -> list[Floats]:
     """The metric in each of RESAMPLES resamples of the items, per side; sides share the draws."""
-    statistic = _STATISTICS.get(name, _mean)
+    statistic = _STATISTICS.get(metric_without_reduction(name), _mean)
     count = len(sides[0])
     rng = np.random.default_rng(_SEED)
     samples: list[list[Floats]] = [[] for _ in sides]
@@ -162,6 +163,7 @@ def _interval(samples: Floats) -> Interval:
 
 
 def _randomisation_test(name: str, before: Floats, after: Floats) -> float:
+    name = metric_without_reduction(name)
     difference = _correlation_swaps if name in _STATISTICS else _mean_swaps
     if name == "spearman":
         before, after = rankdata(before, axis=0), rankdata(after, axis=0)

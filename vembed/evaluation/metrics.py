@@ -117,8 +117,14 @@ def parse_metric(name: str) -> tuple[str, int]:
 
 def metric_label(name: str) -> str:
     """The name a reader sees: `nDCG@10` for `ndcg@10`; an unknown name as it is."""
-    base, at, cut = name.partition("@")
-    return _LABELS.get(base, base) + at + cut
+    whole, bracket, of_what = name.partition("[")
+    base, at, cut = whole.partition("@")
+    return _LABELS.get(base, base) + at + cut + (f" {bracket}{of_what}" if bracket else "")
+
+
+def metric_without_reduction(name: str) -> str:
+    """`ndcg@10` of `ndcg@10[256]`, which is the same on smaller vectors."""
+    return name.partition("[")[0]
 
 
 def compute_metrics(

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vembed.errors import VembedError
-from vembed.evaluation.search import Neighbours
+from vembed.evaluation.search import Neighbours, SearchVectors
 from vembed.modes import Item
-from vembed.token_vectors import TokenVectors, Vectors
+from vembed.quantized_vectors import BinaryVectors
+from vembed.token_vectors import TokenVectors
 
 Role = Literal["query", "document"]
-Encode = Callable[[Sequence[Item], Role], Vectors]
-"""Items and their role to vectors `[n, D]`, or token vectors, in the order of the items."""
+Encode = Callable[[Sequence[Item], Role], SearchVectors]
+"""Items and their role to vectors `[n, D]`, token vectors or binary ones, in the items' order."""
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,15 @@ def mean_result(
     return EvalResult(task, items, headline, metrics, dict(per_item), rankings)
 
 
-def encode_checked(encode: Encode, items: Sequence[Item], role: Role) -> Vectors:
+def encode_checked(encode: Encode, items: Sequence[Item], role: Role) -> SearchVectors:
     """Encode, and refuse what cannot be ranked.
 
     Raises:
         VembedError: if there is not one row per item, or a vector holds NaN or infinity.
     """
     vectors = encode(items, role)
+    if isinstance(vectors, BinaryVectors):
+        return vectors  # made of vectors that were looked at
     if isinstance(vectors, TokenVectors):
         shape, finite_S = [len(vectors)], np.isfinite(vectors.flat_SD).all(axis=1)
         broken = np.searchsorted(vectors.offsets, np.flatnonzero(~finite_S), side="right") - 1

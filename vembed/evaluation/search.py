@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vembed.errors import VembedError
+from vembed.quantized_vectors import BinaryVectors, paired_rescored, search_scores
 from vembed.token_vectors import TokenVectors, Vectors, max_sim, paired_max_sim
 
 # Cosines this close are a tie: more than rounding makes of equal vectors, less than means
@@ -26,6 +27,10 @@ _TWO_KINDS = (
     "for both. Received: one of each"
 )
 _DOCUMENTS = 2**14  # documents held in float64 at once
+
+
+SearchVectors = Vectors | BinaryVectors
+"""What can be ranked."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,16 @@ class Judgements:
 
 
 def find_neighbours(
-    queries: Vectors,
-    documents: Vectors,
+    queries: SearchVectors,
+    documents: SearchVectors,
     judge: Callable[[range], Judgements],
     *,
     depth: int,
 ) -> Neighbours:
     """Rank all documents for every query and keep the first `depth`.
 
-    By cosine, or of token vectors by MaxSim, as the mean over a query's tokens.
+    By cosine, of token vectors by MaxSim, as the mean over a query's tokens, or of binary vectors
+    by Hamming distance with rescoring.
 
     Args:
         queries: Q query vectors, of any length.
@@ -96,25 +102,29 @@ def find_neighbours(
     return found
 
 
-def paired_cosines(first: Vectors, second: Vectors) -> NDArray[np.float64]:
+def paired_cosines(first: SearchVectors, second: SearchVectors) -> NDArray[np.float64]:
     """Cosine (or MaxSim) of item i of both sides; a zero vector is near nothing.
 
     Raises:
         VembedError: if one side is token vectors and the other is not.
     """
+    if isinstance(first, BinaryVectors) and isinstance(second, BinaryVectors):
+        return paired_rescored(first, second)
     if isinstance(first, TokenVectors) and isinstance(second, TokenVectors):
         return paired_max_sim(first, second)
-    if isinstance(first, TokenVectors) or isinstance(second, TokenVectors):
+    if not (isinstance(first, np.ndarray) and isinstance(second, np.ndarray)):
         raise VembedError(_TWO_KINDS)
     cosines = (_unit_rows(first) * _unit_rows(second)).sum(1)
     return np.asarray(cosines.numpy())
 
 
-def _similarities(queries: Vectors, documents: Vectors) -> Tensor:
+def _similarities(queries: SearchVectors, documents: SearchVectors) -> Tensor:
     """`[q, N]`, in float64."""
+    if isinstance(queries, BinaryVectors) and isinstance(documents, BinaryVectors):
+        return torch.from_numpy(search_scores(queries, documents))
     if isinstance(queries, TokenVectors) and isinstance(documents, TokenVectors):
         return torch.from_numpy(max_sim(queries, documents))
-    if isinstance(queries, TokenVectors) or isinstance(documents, TokenVectors):
+    if not (isinstance(queries, np.ndarray) and isinstance(documents, np.ndarray)):
         raise VembedError(_TWO_KINDS)
     return _cosines(queries, documents)
 

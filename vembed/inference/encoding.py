@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from vembed.chunking import (
     DEFAULT_CHUNK_TOKENS,
@@ -22,6 +23,8 @@ from vembed.chunking import (
     plan_chunks,
     take_rows,
 )
+from vembed.errors import ConfigError
+from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
 from vembed.token_vectors import TokenVectors, Vectors, join_vectors
@@ -40,6 +43,7 @@ def encode_items(
     role: Role | None,
     prompt: str | None = None,
     normalize: bool | None = None,
+    truncate_dim: int | None = None,
     chunk_tokens: int | None = DEFAULT_CHUNK_TOKENS,
     max_items: int | None = None,
     device: torch.device | str | None = None,
@@ -54,6 +58,8 @@ def encode_items(
         role: Decides the prompt; None stands for the checkpoint's default prompt.
         prompt: Text put before every item instead of the role's; `""` for none.
         normalize: Unit length or not; None takes the encoder's own.
+        truncate_dim: How many numbers of each vector are kept, the first; what has unit length, has
+            it afterwards too. None keeps all.
         chunk_tokens: Most padded tokens in a forward pass; None for no limit.
         max_items: Most items in a forward pass; None for no limit.
         device: Where inputs go; None takes the encoder's device.
@@ -62,7 +68,11 @@ def encode_items(
 
     Returns:
         `[n, D]`, in the order of `items`; of an encoder that keeps tokens, `[T_i, D]` of each item.
+
+    Raises:
+        ConfigError: if the vectors cannot be cut to `truncate_dim`.
     """
+    check_truncate_dim(encoder, truncate_dim)
     where = next(encoder.parameters()).device if device is None else torch.device(device)
     copies = Counter(items)
     # Longest first, so that memory runs out at once or not at all. Characters stand in for tokens
@@ -86,14 +96,41 @@ def encode_items(
             for rows in chunks:
                 chunk = take_rows(inputs, rows, longest=lengths[rows[0]])
                 on_device = {name: tensor.to(where) for name, tensor in chunk.items()}
-                outputs.append(encoder(normalize=normalize, **on_device).float())
+                output = encoder(normalize=normalize, **on_device).float()
+                if truncate_dim is not None:
+                    unit = encoder.normalize if normalize is None else normalize
+                    output = _truncate(output, truncate_dim, unit=unit)
+                outputs.append(output)
                 if progress is not None:
                     progress(sum(copies[window[row]] for row in rows))
             encoded += [window[row] for rows in chunks for row in rows]
             parts.append(_to_host(outputs))
     position = {item: i for i, item in enumerate(encoded)}
-    vectors = join_vectors(parts) if parts else np.empty((0, encoder.embedding_dim), np.float32)
+    size = truncate_dim or encoder.embedding_dim
+    vectors = join_vectors(parts) if parts else np.empty((0, size), np.float32)
     return vectors[np.asarray([position[item] for item in items], dtype=np.int64)]
+
+
+def check_truncate_dim(encoder: Encoder, truncate_dim: int | None) -> None:
+    """Raise ConfigError unless the encoder's vectors have so many numbers, one vector an item."""
+    if truncate_dim is None:
+        return
+    if encoder.pooling_method == NO_POOLING:
+        raise ConfigError(
+            "truncate_dim: this model gives a vector for each token, and is not cut. Remove it"
+        )
+    if not 1 <= truncate_dim <= encoder.embedding_dim:
+        raise ConfigError(
+            f"truncate_dim: expected from 1 to {encoder.embedding_dim}, the size of the model's "
+            f"vectors. Received: {truncate_dim}"
+        )
+
+
+def _truncate(vectors_BD: Tensor, dim: int, *, unit: bool) -> Tensor:
+    if dim == vectors_BD.shape[-1]:
+        return vectors_BD
+    cut_Bd = vectors_BD[:, :dim]
+    return functional.normalize(cut_Bd, dim=-1) if unit else cut_Bd
 
 
 def _to_host(outputs: list[Tensor]) -> Vectors:

@@ -15,16 +15,17 @@ from vembed.chunking import DEFAULT_CHUNK_TOKENS
 from vembed.data.file_names import names_image_file
 from vembed.errors import ConfigError, DataError
 from vembed.images import ImageSource, as_image_source, shorten
-from vembed.inference.encoding import encode_items
+from vembed.inference.encoding import check_truncate_dim, encode_items
 from vembed.models import load_encoder
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import IMAGE, Item
+from vembed.quantized_vectors import Precision, Ranges, quantize
 from vembed.token_vectors import TokenVectors, Vectors, max_sim
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Encoded = npt.NDArray[np.float32] | list[npt.NDArray[np.float32]]
+Encoded = npt.NDArray[np.float32 | np.int8 | np.uint8] | list[npt.NDArray[np.float32]]
 """`[n, D]`; of a model that keeps a vector for each token, an array `[T_i, D]` for each item."""
 
 OpenImage = Union["PathLike[str]", "Image", ImageSource]
@@ -53,6 +54,7 @@ class Predictor:
         self,
         model_path: str | Path,
         device: str | torch.device | None = None,
+        truncate_dim: int | None = None,
         **load_options: Any,
     ) -> None:
         """Load a model.
@@ -61,6 +63,8 @@ class Predictor:
             model_path: Local folder, `package:NAME[/subdir]`, or hub id.
             device: Such as `"cpu"`, `"cuda:1"` or `"mps"`; None takes an accelerator when there is
                 one.
+            truncate_dim: How many numbers of each vector are kept, the first, as a model trained
+                with `use_mrl` allows; unit vectors have unit length afterwards too. None keeps all.
             load_options: Those of `vembed.models.load_encoder`, such as `torch_dtype` or
                 `max_seq_length`.
 
@@ -71,11 +75,13 @@ class Predictor:
         self.device = _resolve_device(device)
         self.encoder: Encoder = load_encoder(str(model_path), **load_options)
         self.encoder.to(self.device)
+        check_truncate_dim(self.encoder, truncate_dim)
+        self.truncate_dim = truncate_dim
 
     @property
     def embedding_dim(self) -> int:
         """Columns of every result."""
-        return int(self.encoder.embedding_dim)
+        return self.truncate_dim or int(self.encoder.embedding_dim)
 
     def encode(
         self,
@@ -85,6 +91,8 @@ class Predictor:
         batch_size: int | None = None,
         normalize: bool | None = None,
         prompt: str | None = None,
+        precision: Precision = "float32",
+        ranges: Ranges | None = None,
     ) -> Encoded:
         """Embed texts, images, or items of both.
 
@@ -96,15 +104,19 @@ class Predictor:
             batch_size: Most texts in a forward pass; None lets their length decide.
             normalize: Unit length or not; None takes the model's own.
             prompt: Text put before each instead of the role's; `""` for none.
+            precision: `float32`; `int8`, a byte for each number; `ubinary` or `binary`, a bit (see
+                `vembed.quantized_vectors`).
+            ranges: Of `int8`; None takes those of these vectors, which should then be thousands.
 
         Returns:
             `[n, D]` float32, two-dimensional for a single text too; of a model that keeps a vector
-            for each token, a list of n arrays `[T_i, D]`.
+            for each token, a list of n arrays `[T_i, D]`. In another precision `[n, D]` int8, or
+            `[n, D / 8]` bytes.
 
         Raises:
             DataError: if an input is none of these, gives no token, or is a `str` that names an
                 image file while the model embeds images: was the image meant?
-            ConfigError: if `role` or `batch_size` is not one that exists.
+            ConfigError: if `role`, `batch_size` or `precision` is not one that exists or fits.
         """
         if role not in (None, "query", "document"):
             raise ConfigError(f"role: expected 'query', 'document' or None. Received: {role!r}")
@@ -116,10 +128,17 @@ class Predictor:
             role=role,
             prompt=prompt,
             normalize=normalize,
+            truncate_dim=self.truncate_dim,
             max_items=batch_size,
             chunk_tokens=DEFAULT_CHUNK_TOKENS if batch_size is None else None,
         )
-        return list(vectors) if isinstance(vectors, TokenVectors) else vectors
+        if not isinstance(vectors, TokenVectors):
+            return quantize(vectors, precision, ranges)
+        if precision != "float32":
+            raise ConfigError(
+                f"precision: a vector for each token is float32 here. Received: {precision!r}"
+            )
+        return list(vectors)
 
     def encode_text(self, texts: str | Sequence[str], **options: Any) -> Encoded:
         """`encode` of texts, those that name image files too; `options` are its keywords."""
@@ -149,7 +168,7 @@ class Predictor:
 
     def encode_items(self, items: Sequence[Item], role: Role) -> Vectors:
         """Embed items in a role: the function that evaluation tasks ask for."""
-        return encode_items(self.encoder, items, role=role)
+        return encode_items(self.encoder, items, role=role, truncate_dim=self.truncate_dim)
 
     def similarity(
         self,
@@ -185,9 +204,19 @@ class Predictor:
             several: Any = [side] if _is_one(side) else side
             listed: list[Any] = list(several)
             if not listed or not all(isinstance(entry, np.ndarray) for entry in listed):
-                items = self._as_items(listed)
-                return encode_items(self.encoder, items, role=None, normalize=True)
+                return encode_items(
+                    self.encoder,
+                    self._as_items(listed),
+                    role=None,
+                    normalize=True,
+                    truncate_dim=self.truncate_dim,
+                )
             return TokenVectors.from_arrays(listed)
+        if side.dtype.kind in "iu":
+            raise DataError(
+                "similarity: takes numbers, not the codes of another precision. Received: an array "
+                f"of {side.dtype}. Decode int8 with its ranges (vembed.quantized_vectors)"
+            )
         vectors: npt.NDArray[np.float32] = np.atleast_2d(side).astype(np.float32)
         length = np.linalg.norm(vectors, axis=1, keepdims=True)
         unit: npt.NDArray[np.float32] = vectors / np.maximum(length, np.finfo(np.float32).tiny)

@@ -61,6 +61,9 @@ class Criterion(Protocol):
     number per row, `vembed.distributed.global_mean` of them, which counts every row once also where
     processes have unequally many. A loss that looks at other rows gathers them with `gather_rows`.
 
+    A loss that has learned vectors as long as the embeddings, to be used with `use_mrl`, takes
+    `prefix_dim` too: how many numbers the embeddings of this call have, of all that there are.
+
     A guided loss gets `guide_query`, `guide_positive` and `guide_negative` too, a guide model's
     embeddings of the same rows.
 

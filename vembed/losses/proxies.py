@@ -70,12 +70,14 @@ class NormalizedSoftmax(nn.Module):
         self.tile_size = tile_size
         self.proxies = _new_proxies(num_classes, embedding_dim)
 
-    def forward(self, query: Tensor, *, labels: Tensor) -> Tensor:
+    def forward(self, query: Tensor, *, labels: Tensor, prefix_dim: int | None = None) -> Tensor:
         """The loss of this process's items. Collective: every process must call it.
 
         Args:
             query: `[B, D]`, one row per item.
             labels: `[B]` int64, numbers of classes.
+            prefix_dim: Compare with so many numbers of the class vectors, where items have no
+                more; None: all.
 
         Returns:
             A scalar whose mean over processes is the loss of the global batch.
@@ -83,7 +85,7 @@ class NormalizedSoftmax(nn.Module):
         Raises:
             ConfigError: if the number of labels is not that of the items.
         """
-        return _proxy_loss(self, query, labels, margin=0.0)
+        return _proxy_loss(self, query, labels, prefix_dim, margin=0.0)
 
 
 class ArcFace(nn.Module):
@@ -135,9 +137,9 @@ class ArcFace(nn.Module):
         self.margin = margin
         self.proxies = _new_proxies(num_classes, embedding_dim)
 
-    def forward(self, query: Tensor, *, labels: Tensor) -> Tensor:
+    def forward(self, query: Tensor, *, labels: Tensor, prefix_dim: int | None = None) -> Tensor:
         """The loss of this process's items; see `NormalizedSoftmax.forward`."""
-        return _proxy_loss(self, query, labels, margin=self.margin)
+        return _proxy_loss(self, query, labels, prefix_dim, margin=self.margin)
 
 
 def _new_proxies(num_classes: int | None, embedding_dim: int | None) -> nn.Parameter:
@@ -153,12 +155,18 @@ def _new_proxies(num_classes: int | None, embedding_dim: int | None) -> nn.Param
 
 
 def _proxy_loss(
-    loss: NormalizedSoftmax | ArcFace, query: Tensor, labels: Tensor, *, margin: float
+    loss: NormalizedSoftmax | ArcFace,
+    query: Tensor,
+    labels: Tensor,
+    prefix_dim: int | None,
+    *,
+    margin: float,
 ) -> Tensor:
     """Collective: every process must call it."""
     check_labels(query, labels)
     with full_precision(query.device):
-        item_BD, class_LD = unit_rows(query), unit_rows(loss.proxies).to(unit_rows(query).dtype)
+        item_BD = unit_rows(query)
+        class_LD = unit_rows(loss.proxies[:, :prefix_dim]).to(item_BD.dtype)
         scale = similarity_scale(None, loss.temperature, item_BD)
         labels_B = labels.cpu()
         own_class = Relevance.classes(labels_B, torch.arange(len(class_LD)))

@@ -16,6 +16,7 @@ from torch import nn
 
 from vembed.config import TrainConfig
 from vembed.losses import DEFAULT_TEMPERATURE, takes_argument
+from vembed.losses.matryoshka import innermost
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ def resolve_temperature(config: TrainConfig, encoder: Any) -> None:
 def keep_in_model(criterion: Any, encoder: Any) -> None:
     """Write what a loss learned of temperature and bias into the encoder that is to be saved."""
     set_logits = getattr(encoder, "set_logits", None)
-    learned = {name: getattr(criterion, name, None) for name in _NAMES}
+    loss = innermost(criterion)
+    learned = {name: getattr(loss, name, None) for name in _NAMES}
     learned = {name: value for name, value in learned.items() if isinstance(value, nn.Parameter)}
     if set_logits is not None and learned:
         set_logits(**learned)

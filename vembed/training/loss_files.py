@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vembed.errors import CheckpointError
+from vembed.losses.matryoshka import innermost
 from vembed.training.parameters import DISTILLATION, LOSS
 
 LOSSES_FILE = "losses.safetensors"
@@ -81,7 +82,7 @@ def load_losses(
 
 
 def _modules(criterion: Any, distillation_loss_fn: Any) -> Iterator[tuple[str, nn.Module]]:
-    for prefix, loss in ((LOSS, criterion), (DISTILLATION, distillation_loss_fn)):
+    for prefix, loss in ((LOSS, innermost(criterion)), (DISTILLATION, distillation_loss_fn)):
         if isinstance(loss, nn.Module):
             yield prefix, loss
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from vembed.errors import ConfigError
 from vembed.losses.distillation.weighted import Term, WeightedDistillation
+from vembed.losses.matryoshka import PART, Matryoshka
 from vembed.registry import accepted_arguments
 
 Embeddings = dict[str, Tensor]
@@ -25,8 +26,8 @@ class StepLoss:
 
     Attributes:
         total: Scalar to differentiate. Its mean over processes is the loss of the global batch.
-        parts: Named terms, detached scalars, for the log.
-        weights: What each of them is multiplied by in the total.
+        parts: Named terms, detached scalars, for the log; also what the task is made of.
+        weights: What terms are multiplied by; those without a weight are parts of the task.
     """
 
     total: Tensor
@@ -79,9 +80,9 @@ class Objective:
             teacher: The teacher's embeddings by role, of all of them or some. A distillation term
                 needs them, or the `teacher_scores` of the rows.
         """
-        task = self._call(self.criterion, student, extras)
+        task, by_dim = self._task(student, extras)
         if self._distillation is None:
-            return StepLoss(task, {"task": task.detach()}, {"task": 1.0})
+            return StepLoss(task, {"task": task.detach(), **by_dim}, {"task": 1.0})
         if teacher is None and "teacher_scores" not in extras:
             raise ConfigError(
                 "distillation_loss_fn is set, but there are neither teacher embeddings nor "
@@ -97,20 +98,34 @@ class Objective:
             **{name: share * weight for name, weight in self._distillation.weights.items()},
         }
         total: Tensor = sum(weights[name] * value for name, value in terms.items())  # type: ignore[assignment]
-        return StepLoss(total, {name: value.detach() for name, value in terms.items()}, weights)
+        parts = {name: value.detach() for name, value in terms.items()}
+        return StepLoss(total, {**parts, **by_dim}, weights)
 
-    @staticmethod
-    def _call(
-        criterion: Callable[..., Tensor], student: Embeddings, extras: Mapping[str, Any]
-    ) -> Tensor:
+    def _task(self, student: Embeddings, extras: Mapping[str, Any]) -> _Task:
+        criterion, query = self.criterion, student["query"]
         offered = {
             "positive": student.get("positive"),
             "negative": student.get("negative"),
             **extras,
         }
-        loss = criterion(student["query"], **accepted_arguments(_signature_of(criterion), offered))
+        by_dim: dict[str, Tensor] = {}
+        if isinstance(criterion, Matryoshka):
+            losses = criterion.each(query, offered)
+            loss = criterion.weighted_sum(losses)
+            by_dim = {f"{PART}{dim}": of_dim.detach() for dim, of_dim in losses.items()}
+        else:
+            loss = criterion(query, **accepted_arguments(_signature_of(criterion), offered))
+        if len(query):
+            return _Task(loss, by_dim)
         # A mean over the rows of a process that has none counts for nothing; torch calls it NaN.
-        return loss if len(student["query"]) else loss.nan_to_num()
+        return _Task(loss.nan_to_num(), {name: part.nan_to_num() for name, part in by_dim.items()})
+
+
+class _Task(NamedTuple):
+    """The criterion's loss; under a Matryoshka also that of each dimension, by name, detached."""
+
+    loss: Tensor
+    by_dim: dict[str, Tensor]
 
 
 def _signature_of(function: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from vembed.errors import ConfigError, did_you_mean
+from vembed.losses.matryoshka import innermost
 
 _Value = TypeVar("_Value")
 
@@ -43,7 +44,7 @@ def named_parameters(
     """Parameters of the model, and of losses that have any, by visible name, in a fixed order."""
     for name, parameter in model.named_parameters():
         yield visible_name(name), parameter
-    for prefix, loss in ((LOSS, criterion), (DISTILLATION, distillation_loss_fn)):
+    for prefix, loss in ((LOSS, innermost(criterion)), (DISTILLATION, distillation_loss_fn)):
         if isinstance(loss, nn.Module):
             for name, parameter in loss.named_parameters():
                 yield prefix + name, parameter

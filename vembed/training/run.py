@@ -20,7 +20,7 @@ from vembed.data import Collator, RecordDataset
 from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
 from vembed.distributed import fail_together
 from vembed.errors import ConfigError
-from vembed.evaluation import EvalResult, EvalTask
+from vembed.evaluation import EvalResult, EvalTask, ReducedTask, Reduction
 from vembed.losses import (
     DEFAULT_TEMPERATURE,
     LOSSES,
@@ -31,6 +31,7 @@ from vembed.losses import (
     check_scores,
     missing_fields,
 )
+from vembed.losses.matryoshka import Matryoshka, complete_dims, innermost
 from vembed.models import load_encoder
 from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
@@ -209,7 +210,7 @@ def build_trainer(
             not have.
     """
     resolve_temperature(config, encoder)
-    criterion = build_loss(config, encoder, data)
+    criterion = build_matryoshka(config, encoder, build_loss(config, encoder, data))
     data = _with_training_labels(data, criterion)
     guide = build_guide(config)
     teaching = build_teaching(config, encoder)
@@ -291,11 +292,39 @@ def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterio
     return criterion
 
 
+def build_matryoshka(config: TrainConfig, encoder: Encoder, criterion: Criterion) -> Criterion:
+    """The loss, on prefixes of the embeddings too where the settings say so (`use_mrl`).
+
+    Raises:
+        ConfigError: if the dimensions do not fit the model, or the loss has no such form.
+    """
+    if not config.use_mrl:
+        return criterion
+    weights = complete_dims(
+        config.mrl_dims, config.mrl_weights, embedding_dim=encoder.embedding_dim
+    )
+    if config.mrl_dims is not None and len(weights) > len(config.mrl_dims):
+        logger.info(
+            "mrl_dims lacks the whole size of the vectors, %d: it is trained too, with weight 1",
+            encoder.embedding_dim,
+        )
+    return Matryoshka(criterion, [*weights], [*weights.values()])
+
+
+def at_dimensions(task: EvalTask, encoder: Encoder, config: TrainConfig) -> EvalTask:
+    """The task, with its main metric at each dimension that a Matryoshka trains."""
+    if not config.use_mrl:
+        return task
+    whole = encoder.embedding_dim
+    dims = complete_dims(config.mrl_dims, config.mrl_weights, embedding_dim=whole)
+    return ReducedTask(task, [Reduction(dim) for dim in dims if dim < whole])
+
+
 def choose_batch_sampler(config: TrainConfig, criterion: Criterion) -> str:
     """How rows are put into batches: as the user says, or as the loss needs it."""
     if config.batch_sampler != "auto":
         return config.batch_sampler
-    needed = getattr(criterion, "batch_sampler", "random")
+    needed = getattr(innermost(criterion), "batch_sampler", "random")
     if config.streaming and needed != "random":
         logger.warning(
             "loss_type %s wants batches that are %s, which a stream cannot give: they are made of "
@@ -313,7 +342,7 @@ def _with_training_labels(data: RunData, criterion: Criterion) -> RunData:
     Raises:
         DataError: if a label of the validation rows is not among those of the training rows.
     """
-    has_classes = bool(accepted_arguments(type(criterion), {"num_classes": None}))
+    has_classes = bool(accepted_arguments(type(innermost(criterion)), {"num_classes": None}))
     if data.validation is None or not has_classes or not isinstance(data.train, RecordDataset):
         return data
     return replace(data, validation=data.validation.with_labels_of(data.train))
@@ -360,13 +389,14 @@ def _build_evaluator(
 ) -> Evaluator | None:
     if data.validation is None:
         return None
+    task = data.validation_task
     return Evaluator(
         encoder,
         criterion,
         accelerator,
         retrieval_mode=config.retrieval_mode,
         log_with=config.report_to or None,
-        task=data.validation_task,
+        task=task and at_dimensions(task, encoder, config),
         chunk_tokens=config.chunk_tokens,
         guide=guide,
     )
@@ -430,6 +460,7 @@ def _measure(
 ) -> EvalResult | None:
     if task is None:
         return None
+    task = at_dimensions(task, encoder, config)
     logger.info("measuring %s", task.name)
     return task.evaluate(sharded_encode(encoder, accelerator, config.chunk_tokens))
 

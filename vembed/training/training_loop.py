@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vembed.distributed import fail_together
 from vembed.errors import ConfigError, VembedError
+from vembed.losses.matryoshka import innermost
 from vembed.training.checkpoint import STEP_FOLDER, remove_old_checkpoints, save_checkpoint
 from vembed.training.data_utils import count_rows
 from vembed.training.evaluator import Validation
@@ -169,7 +170,8 @@ def _set_epoch(dataloader: Any, epoch: int) -> None:
 def _step_facts(trainer: Trainer) -> dict[str, float]:
     """What is logged beside the loss."""
     facts = {"lr": float(trainer.optimizer.param_groups[0]["lr"])}
-    scale = dict(getattr(trainer.criterion, "named_parameters", dict)()).get("logit_scale")
+    loss = innermost(trainer.criterion)
+    scale = dict(getattr(loss, "named_parameters", dict)()).get("logit_scale")
     if scale is not None:
         facts["temperature"] = float(torch.exp(-scale.detach()))
     return facts

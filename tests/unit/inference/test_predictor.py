@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util import quantize_embeddings
 
 import vembed
 from tests.pictures import write_pictures
@@ -15,6 +16,7 @@ from vembed.errors import CheckpointError, ConfigError, DataError
 from vembed.images import as_image_source
 from vembed.inference import VEmbedFactoryPredictor
 from vembed.modes import Item
+from vembed.quantized_vectors import Ranges
 
 TEXTS = ["the red apple", "a blue ocean", "an old book of the king"]
 
@@ -169,6 +171,40 @@ def test_similarity_of_tokens_is_max_sim(late):
     np.testing.assert_allclose(late.similarity([query], TEXTS)[0], scores[0], atol=1e-6)
     with pytest.raises(DataError, match="one size and kind"):
         late.similarity(TEXTS, np.ones((2, 8)))
+
+
+@pytest.mark.parametrize("dim", [32, 20, 8])
+def test_prefixes_are_those_of_sentence_transformers(tiny_st_path, theirs, dim):
+    predictor = vembed.Predictor(str(tiny_st_path), device="cpu", truncate_dim=dim)
+    short = SentenceTransformer(str(tiny_st_path), device="cpu", truncate_dim=dim)
+    expected = short.encode(TEXTS, normalize_embeddings=True)
+    assert predictor.embedding_dim == dim
+    np.testing.assert_allclose(predictor.encode(TEXTS), expected, atol=1e-6)
+    raw = theirs.encode(TEXTS)[:, :dim]
+    assert (dim == 32) == np.allclose(raw, expected, atol=1e-3)
+    unscaled = predictor.encode(TEXTS, normalize=False)
+    np.testing.assert_allclose(
+        unscaled / np.linalg.norm(unscaled, axis=1, keepdims=True), expected, atol=1e-6
+    )
+    np.testing.assert_allclose(predictor.similarity(TEXTS, TEXTS), expected @ expected.T, atol=1e-6)
+    assert predictor.encode([]).shape == (0, dim)
+
+
+@pytest.mark.parametrize("precision", ["int8", "binary", "ubinary"])
+def test_other_precisions_are_those_of_sentence_transformers(predictor, theirs, precision):
+    vectors = predictor.encode(TEXTS)
+    ranges = Ranges.of(vectors)
+    ours = predictor.encode(TEXTS, precision=precision, ranges=ranges)
+    stacked = np.stack([ranges.lowest_D, ranges.highest_D])
+    np.testing.assert_array_equal(ours, quantize_embeddings(vectors, precision, ranges=stacked))
+    with pytest.raises(DataError, match="codes of another precision"):
+        predictor.similarity(ours, ours)
+
+
+@pytest.mark.parametrize("dim", [0, 33])
+def test_a_size_that_vectors_do_not_have_is_refused(tiny_st_path, dim):
+    with pytest.raises(ConfigError, match=f"from 1 to 32, .* Received: {dim}"):
+        vembed.Predictor(str(tiny_st_path), device="cpu", truncate_dim=dim)
 
 
 # --- images, told from texts by their type

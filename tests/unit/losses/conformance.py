@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from tests.unit.losses import references
 from tests.unit.losses.references import Batch
 from vembed import distributed
 from vembed.losses import LOSSES, build_criterion
+from vembed.losses.matryoshka import Matryoshka
 from vembed.registry import accepted_arguments, resolve
 from vembed.training.gradient_cache import GradientCache
 from vembed.training.objective import Objective
@@ -631,3 +632,27 @@ def case_of(
 CASES = {name: case_of(name, name, {}) for name in LOSSES} | {
     name: case_of(name, *variant) for name, variant in VARIANTS.items()
 }
+
+
+def matryoshka_of(case: Case) -> Case:
+    """The case, wrapped; dimensions out of order, each with a weight of its own."""
+    assert case.reference is not None
+    return replace(
+        case,
+        name=f"{case.name}-mrl",
+        build=partial(_build_matryoshka, case.build),
+        reference=partial(references.reference_matryoshka, reference=case.reference),
+    )
+
+
+def _build_matryoshka(build: Callable[[], Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    return Matryoshka(build(), dims=(3, 5, 2), weights=(0.5, 1.25, 2.0))
+
+
+MATRYOSHKAS = {
+    name: matryoshka_of(case)
+    for name, case in CASES.items()
+    if name in LOSSES or name in {"infonce-two-sided", "infonce-guided"}
+    if not resolve("loss_type", name.split("-")[0], LOSSES).takes_tokens
+}
+"""Every loss of one vector per item, on prefixes of it."""

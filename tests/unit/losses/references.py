@@ -414,3 +414,29 @@ def _own_candidates(batch: Batch) -> list[tuple[list[Tensor], list[Tensor]]]:
 def _ids(ids: Tensor | None, count: int) -> list:
     """Content ids; rows without one are told apart by a name of their own."""
     return [f"row {i}" for i in range(count)] if ids is None else ids.tolist()
+
+
+def reference_matryoshka(criterion, batch: Batch, reference) -> Tensor:
+    """`reference` on one prefix after the other, cut and brought to length one number by number."""
+    total = 0 * batch["query"].sum()
+    for dim, weight in criterion.weights.items():
+        cut = dict(batch)
+        for role in ("query", "positive", "negative"):
+            if role in batch:
+                cut[role] = torch.stack(
+                    [row[:dim] / row[:dim].square().sum().sqrt() for row in batch[role]]
+                )
+        total = total + weight * reference(_PrefixOf(criterion.criterion, dim), cut)
+    return total
+
+
+class _PrefixOf:
+    """A criterion whose class vectors have their first numbers only."""
+
+    def __init__(self, criterion, dim: int):
+        self._criterion = criterion
+        self._dim = dim
+
+    def __getattr__(self, name: str):
+        value = getattr(self._criterion, name)
+        return value[:, : self._dim] if name == "proxies" else value

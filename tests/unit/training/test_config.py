@@ -79,6 +79,9 @@ OTHER = {
     "loss_bidirectional": ("true", True),
     "loss_tile_size": ("512", 512),
     "guide_model_name": ("g", "g"),
+    "use_mrl": ("true", True),
+    "mrl_dims": ("[16, 8]", [16, 8]),
+    "mrl_weights": ("[1, 0.5]", [1.0, 0.5]),
     "teacher_model_name": ("t", "t"),
     "teacher_revision": ("1e5", "1e5"),
     "teacher_dtype": ("bfloat16", "bfloat16"),
@@ -156,6 +159,8 @@ NEEDS = {
     "teacher_cache": {"teacher_model_name": "t"},
     "distillation_loss": {"teacher_model_name": "t"},
     "distillation_kwargs": {"teacher_model_name": "t"},
+    "mrl_dims": {"use_mrl": "true"},
+    "mrl_weights": {"use_mrl": "true", "mrl_dims": "[2, 1]"},
     "eval_steps": {"val_data_path": "v"},
     "metric_for_best": {"val_data_path": "v"},
 }
@@ -422,6 +427,7 @@ class TestSaving:
         extra = {key: value for needs in NEEDS.values() for key, value in needs.items()}
         settings = {key: value for key, (_, value) in OTHER.items()} | extra
         settings |= {
+            "mrl_dims": [16, 8],
             "ddp_static_graph": False,
             "streaming": False,
             "text_model_name": None,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,6 +14,8 @@ from tests.tiny import PAIRS, tiny_bert, write_rows
 from vembed.config import TrainConfig
 from vembed.data import load_dataset_records
 from vembed.errors import CheckpointError, ConfigError, DataError
+from vembed.evaluation import load_eval_task
+from vembed.inference import Predictor
 from vembed.losses import LOSSES, build_criterion
 from vembed.losses.proxies import ArcFace
 from vembed.registry import resolve
@@ -193,3 +198,78 @@ def test_a_run_uses_the_batch_sampler(run, monkeypatch):
     )
     run(ROWS["label"], loss_type="supcon", batch_sampler_kwargs={"samples_per_class": 2})
     assert all(labels.bincount().tolist() == [2, 2, 2] for labels in seen)
+
+
+def _lines(result):
+    path = result.model_path.parent / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_matryoshka_is_trained_logged_and_measured_by_dimension(run, tmp_path):
+    write_rows(tmp_path / "test.jsonl", PAIR_ROWS)
+    result = run(
+        PAIR_ROWS,
+        use_mrl=True,
+        mrl_dims=[8, 16],
+        mrl_weights=[2.0, 0.5],
+        learn_temperature=True,
+        use_gradient_cache=True,
+        use_lora=True,
+        val_data_path=str(tmp_path / "test.jsonl"),
+        test_data_path=str(tmp_path / "test.jsonl"),
+    )
+    trained = [line for line in _lines(result) if "loss" in line]
+    for line in trained:
+        parts = [line[f"loss_mrl.{dim}"] for dim in (32, 16, 8)]
+        assert line["loss_task"] == pytest.approx(parts[0] + 0.5 * parts[1] + 2 * parts[2])
+        assert line["loss"] == pytest.approx(line["loss_task"])
+    assert "temperature" in trained[0]
+    validated = [line for line in _lines(result) if "val_ndcg@10" in line]
+    assert "val_ndcg@10[8]" in validated[0]
+    rows = {change.metric: change for change in result.proof.changes}
+    assert list(rows)[-2:] == ["ndcg@10[16]", "ndcg@10[8]"]
+    task = load_eval_task(tmp_path / "test.jsonl")
+    for model, side in ((str(result.model_path), "after"),):
+        predictor = Predictor(model, device="cpu", truncate_dim=8)
+        measured = task.evaluate(predictor.encode_items).metrics["ndcg@10"]
+        assert measured == pytest.approx(getattr(rows["ndcg@10[8]"], side), abs=1e-6)
+    assert "nDCG@10 [8]" in (result.model_path.parent / "report" / "report.html").read_text()
+
+
+def test_the_first_step_tells_of_a_matryoshka(run, caplog):
+    with caplog.at_level(logging.INFO, logger="vembed"):
+        run(PAIR_ROWS, use_mrl=True, mrl_dims=[8, 16])
+    told = "\n".join(caplog.messages)
+    assert "lacks the whole size of the vectors, 32" in told
+    (line,) = [m for m in caplog.messages if m.startswith("loss ")]
+    assert "Matryoshka of InfoNCE (weights add up to 3)" in line
+    # Three times ln 6, the candidates of each of three dimensions.
+    assert "at chance 5.37" in line
+    assert "mrl.8 " in line
+
+
+@pytest.mark.parametrize("loss_type", ["arcface", "normalized_softmax"])
+def test_class_vectors_of_a_matryoshka_are_kept_as_without(run, tmp_path, loss_type):
+    run(ROWS["label"], loss_type=loss_type, use_mrl=True, mrl_dims=[8], save_steps=1)
+    kept = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "losses.safetensors")
+    assert list(kept) == ["loss.proxies"]
+    plain = build_criterion(loss_type, num_classes=3, embedding_dim=32)
+    load_losses(tmp_path / "run" / "checkpoints" / "step-000002", plain)
+    torch.testing.assert_close(plain.proxies.detach(), kept["loss.proxies"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mrl_dims": [8]}, "mrl_dims: has no use without Matryoshka"),
+        ({"mrl_weights": [1]}, "mrl_weights: has no use without Matryoshka"),
+        ({"use_mrl": True, "mrl_weights": [1]}, "says nothing without mrl_dims"),
+        ({"use_mrl": True, "mrl_dims": [8, 4], "mrl_weights": [1]}, "each of the 2 mrl_dims"),
+        ({"use_mrl": True, "mrl_dims": [8, 8]}, "different numbers"),
+        ({"use_mrl": True, "mrl_dims": [64, 8]}, "32 numbers. Received: 64"),
+        ({"use_mrl": True, "loss_type": "maxsim", "pooling_method": "none"}, "each token"),
+    ],
+)
+def test_a_matryoshka_that_cannot_be_is_refused(run, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        run(PAIR_ROWS, **settings)

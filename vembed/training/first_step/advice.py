@@ -216,7 +216,7 @@ def _weak_teacher(report: FirstStepReport) -> Iterator[Advice]:
     loss = report.loss
     if loss is None or not loss.weights:
         return
-    shares = {name: abs(loss.weights[name] * value) for name, value in loss.parts.items()}
+    shares = {name: abs(weight * loss.parts[name]) for name, weight in loss.weights.items()}
     taught = sum(share for name, share in shares.items() if name != "task")
     total = sum(shares.values())
     if len(shares) > 1 and taught < _UNHEARD * total and loss.weights["task"] < 1:

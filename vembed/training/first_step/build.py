@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from vembed.distributed import all_reduce_mean, gather_counts
 from vembed.losses.comparison import COSINE
 from vembed.losses.info_nce import InfoNCE
+from vembed.losses.matryoshka import Matryoshka, innermost
 from vembed.losses.sigmoid import PairwiseSigmoid
 from vembed.registry import accepted_arguments
 from vembed.training.first_step.candidates import Candidates, look_at_candidates
@@ -84,7 +85,8 @@ def build_report(
     ids = {role: gather_ids(student, extras, role) for role in ("query", "positive")}
     copies = {role: count_copies(of_role) for role, of_role in ids.items()}
     temperature = find_temperature(criterion)
-    used = accepted_arguments(getattr(criterion, "forward", criterion), extras)
+    loss = innermost(criterion)
+    used = accepted_arguments(getattr(loss, "forward", loss), extras)
     teacher = None
     if batch.teacher and distillation_temperature is not None:
         teacher = compare_with_teacher(student, batch.teacher, distillation_temperature)
@@ -94,7 +96,7 @@ def build_report(
         batch=BatchSize(
             tuple(gather_counts(len(student["query"]), student["query"].device)), micro_batches
         ),
-        loss=_mean_loss(batch.loss, type(criterion).__name__),
+        loss=_mean_loss(batch.loss, _name_of(criterion)),
         temperature=temperature,
         distillation_temperature=distillation_temperature,
         candidates=_look_at_candidates(batch, criterion, temperature),
@@ -113,11 +115,19 @@ def build_report(
 
 def find_temperature(criterion: Callable[..., Tensor]) -> Temperature | None:
     """The temperature of a loss that has one; it is learned as `logit_scale = ln(1 / it)`."""
-    scale = getattr(criterion, "logit_scale", None)
+    loss = innermost(criterion)
+    scale = getattr(loss, "logit_scale", None)
     if isinstance(scale, Tensor):
         return Temperature(float(torch.exp(-scale.detach())), scale.requires_grad)
-    value = getattr(criterion, "temperature", None)
+    value = getattr(loss, "temperature", None)
     return Temperature(float(value), learned=False) if isinstance(value, int | float) else None
+
+
+def _name_of(criterion: Callable[..., Tensor]) -> str:
+    if not isinstance(criterion, Matryoshka):
+        return type(criterion).__name__
+    weights = sum(criterion.weights.values())
+    return f"Matryoshka of {type(criterion.criterion).__name__} (weights add up to {weights:g})"
 
 
 def _mean_loss(loss: StepLoss, name: str) -> Loss:
@@ -131,6 +141,11 @@ def _look_at_candidates(
     batch: FirstBatch, criterion: Callable[..., Tensor], temperature: Temperature | None
 ) -> Candidates | None:
     """For the losses of which it is known that they rank candidates. Collective."""
+    if isinstance(criterion, Matryoshka):
+        found = _look_at_candidates(batch, criterion.criterion, temperature)
+        if found is None or found.chance is None:
+            return found
+        return replace(found, chance=found.chance * sum(criterion.weights.values()))
     if not isinstance(criterion, InfoNCE | PairwiseSigmoid) or criterion.guided:
         return None
     softmax = isinstance(criterion, InfoNCE) and temperature is not None

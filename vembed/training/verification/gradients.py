@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vembed.chunking import take_rows
+from vembed.losses.matryoshka import innermost
 from vembed.token_vectors import cat_items, pad_tokens
 from vembed.training.data_utils import (
     ROLES,
@@ -212,7 +213,7 @@ def _take_gradients(trainer: Trainer) -> Gradients:
     """Copies of all gradients, in float64; the parameters are left without. Collective."""
     owners = {
         "encoder": trainer.accelerator.unwrap_model(trainer.model),
-        "loss": trainer.criterion,
+        "loss": innermost(trainer.criterion),
         "distillation": trainer.distillation_loss_fn,
     }
     gradients = {}
