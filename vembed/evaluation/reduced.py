@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,9 +68,23 @@ class ReducedTask:
         self.name = task.name
         self.main_metric = task.main_metric
 
+    @property
+    def sides(self) -> Mapping[str, Sequence[Item]]:
+        """Those of the task."""
+        return self.task.sides
+
+    @property
+    def pairs(self) -> Iterable[tuple[Item, Item]]:
+        """Those of the task."""
+        return self.task.pairs
+
     def describe(self) -> dict[str, Any]:
         """Sizes of the task."""
         return self.task.describe()
+
+    def all_items(self) -> list[Item]:
+        """Those of the task: smaller vectors are made of the same items."""
+        return self.task.all_items()
 
     def evaluate(self, encode: Encode) -> EvalResult:
         """Measure with each kind of vectors.
