@@ -86,8 +86,8 @@ class DistillationLoss(Protocol):
 def build_criterion(
     loss_type: str | type | Criterion,
     *,
-    temperature: float = DEFAULT_TEMPERATURE,
-    learn_temperature: bool = False,
+    temperature: float | None = None,
+    learn_temperature: bool | None = False,
     bidirectional: bool = False,
     tile_size: int | Literal["auto"] = "auto",
     **loss_kwargs: Any,
@@ -96,8 +96,8 @@ def build_criterion(
 
     Args:
         loss_type: A name from `LOSSES`, `package.module:Name`, or a class, function or instance.
-        temperature: Passed on if the loss has such an argument.
-        learn_temperature: Likewise.
+        temperature: Passed on if the loss has such an argument; None for `DEFAULT_TEMPERATURE`.
+        learn_temperature: Likewise; None for no.
         bidirectional: Likewise.
         tile_size: Likewise.
         **loss_kwargs: Passed on as they are.
@@ -107,8 +107,8 @@ def build_criterion(
             `bidirectional` or a `tile_size` is asked of a loss without it.
     """
     settings = {
-        "temperature": temperature,
-        "learn_temperature": learn_temperature,
+        "temperature": DEFAULT_TEMPERATURE if temperature is None else temperature,
+        "learn_temperature": bool(learn_temperature),
         "bidirectional": bidirectional,
         "tile_size": tile_size,
     }

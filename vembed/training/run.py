@@ -20,7 +20,6 @@ from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask
 from vembed.losses import (
-    DEFAULT_TEMPERATURE,
     build_criterion,
     build_distillation_loss,
     check_embeddings,
@@ -186,8 +185,8 @@ def build_trainer(
     resolve_temperature(config, encoder)
     criterion = build_criterion(
         config.loss_type,
-        temperature=config.temperature or DEFAULT_TEMPERATURE,
-        learn_temperature=bool(config.learn_temperature),
+        temperature=config.temperature,
+        learn_temperature=config.learn_temperature,
         bidirectional=config.loss_bidirectional,
         tile_size=config.loss_tile_size,
         **config.loss_kwargs,
