@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vembed.data import Finding, Inspection, LengthSummary
     from vembed.training.check import CheckResult, SampleItem
 
+ABOUT = "Check settings and read all data, take one step, show what was found; nothing is written."
+
 _BAR_WIDTH = 40
 _SHOWN_BAD_RECORDS = 10
 
@@ -27,7 +29,7 @@ def main(argv: list[str]) -> int:
         ConfigError: listing all problems of the settings.
         DataError: about the first row that cannot be used, and how many more there are.
     """
-    config = load_and_parse_config(argv, required=RUN_REQUIRES, prog="vembed check")
+    config = load_and_parse_config(argv, required=RUN_REQUIRES, prog="vembed check", about=ABOUT)
     result = _run(config)
     console = Console()
     console.print(_facts(result))

@@ -70,12 +70,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _next_steps(result: RunResult, settings: Path, task: SymbolSearch) -> str:
     picture = "" if result.report_path is None else result.report_path.with_name(GALLERY_FILE)
+    star = task.images / "images" / TEST_FONT.name / "2605.png"
     return f"""picture {picture}
 
 [bold]What next[/]
-  measure it      vembed evaluate --model {result.model_path} --data {task.test} \
+  measure it      vembed evaluate --model {result.model_path} --data {task.test} \\
                     --retrieval_mode t2i --image_root {task.images}
   use it          from vembed import Predictor; model = Predictor("{result.model_path}")
-                    model.encode_text("black star"); model.encode_image("star.png")
+                    model.encode_text("black star"); model.encode_image("{star}")
   your own rows   look at {task.train} and {settings}, then
                     vembed train --config YOURS.yaml"""

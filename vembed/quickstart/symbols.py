@@ -182,10 +182,8 @@ def find_symbols(pictures: Pictures) -> list[Symbol]:
     first: dict[bytes | str, str] = {}
     pairs = _drawn_alike(pictures)
     for character in sorted(pictures):
-        keys = [
-            _name_without_style(character),
-            *(p.tobytes() for p in pictures[character].values()),
-        ]
+        keys: list[bytes | str] = [p.tobytes() for p in pictures[character].values()]
+        keys.append(_name_without_style(character))
         pairs += [(first.setdefault(key, character), character) for key in keys]
     for pair in pairs:
         one, other = sorted(map(find, pair))

@@ -53,6 +53,7 @@ def load_and_parse_config(
     *,
     required: Collection[str] = (),
     prog: str | None = None,
+    about: str = "Fine-tune an embedding model.",
 ) -> TrainConfig:
     """Read `--config FILE`, `--config_override KEY=VALUE ...` and `--KEY VALUE` flags.
 
@@ -62,11 +63,12 @@ def load_and_parse_config(
         argv: Arguments without the program's name; None takes those of this process.
         required: Keys that must be set; `vembed.config.RUN_REQUIRES` for a whole run.
         prog: Name of the program in `--help`.
+        about: What it does, in one sentence, for `--help`.
 
     Raises:
         ConfigError: listing every problem with its place.
     """
-    arguments, unknown = _build_parser(prog).parse_known_args(argv)
+    arguments, unknown = _build_parser(prog, about).parse_known_args(argv)
     file_settings, problems = _file_settings(arguments.config or [])
     if problems:
         # A file that could not be read may have held them.
@@ -130,7 +132,7 @@ class _HelpFormatter(argparse.HelpFormatter):
         return super()._format_args(action, default_metavar)
 
 
-def _build_parser(prog: str | None) -> argparse.ArgumentParser:
+def _build_parser(prog: str | None, about: str) -> argparse.ArgumentParser:
     """A parser of the command line that leaves every complaint to us."""
     parser = _Parser(
         prog=prog,
@@ -138,8 +140,8 @@ def _build_parser(prog: str | None) -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Fine-tune an embedding model. Later sources win: defaults, --config, "
-        "--config_override from left to right, --KEY VALUE.",
+        description=f"{about} Later sources win: defaults, --config, --config_override from left "
+        "to right, --KEY VALUE.",
     )
     # Every value is optional for argparse, so that one that is missing is reported with the rest.
     one = partial(parser.add_argument, nargs="?", action="append")

@@ -71,7 +71,8 @@ def build_optimizer(
     config = TrainConfig.coerce(config)
     if not trainable_parameters(model, criterion):
         raise ConfigError(
-            "build_optimizer: the model has no trainable parameter; is it all frozen?"
+            "build_optimizer: expected at least one trainable parameter. Received: none, all are "
+            "frozen. Set requires_grad for those to train, or use_lora: true"
         )
     factory = resolve("optimizer", config.optimizer, OPTIMIZERS)
     arguments = _optimizer_arguments(factory, config)
