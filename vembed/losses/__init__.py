@@ -210,7 +210,9 @@ def check_embeddings(criterion: Criterion, *, tokens: bool) -> None:
     name = getattr(criterion, "__name__", type(criterion).__name__)
     raise ConfigError(
         f"loss_type: {name} compares {_KINDS[takes_tokens]}. Received: a model that gives "
-        f"{_KINDS[tokens]}. Losses that fit it: {', '.join(fitting)}; or set pooling_method: "
+        f"{_KINDS[tokens]}. Losses that fit it: {', '.join(fitting)}; or "
+        + ("for an encoder of a single tower " if takes_tokens else "")
+        + "set pooling_method: "
         + ("none" if takes_tokens else "mean, or another that gives one vector")
     )
 
