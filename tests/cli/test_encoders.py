@@ -122,5 +122,6 @@ def test_the_gradient_check_of_a_config_with_images(shell, tmp_path):
     found = json.loads(done.stdout)
     assert found["passed"]
     assert found["processes"] == 2
-    groups = {"text_model", "text_projection", "vision_model", "visual_projection"}
+    towers = {"text_model", "text_projection", "vision_model", "visual_projection"}
+    groups = {*towers, "logit_scale"}
     assert all(set(case["groups"]) == groups for case in found["cases"])

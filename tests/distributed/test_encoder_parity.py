@@ -31,17 +31,23 @@ EVERY_CONDITION = [
 """One of each kind; that of texts alone is in test_gradient_parity."""
 
 GROUPS = {
-    ("clip", "t2t"): {"text_model", "text_projection"},
-    ("clip", "i2i"): {"vision_model", "visual_projection"},
-    ("clip", "t2i"): {"text_model", "text_projection", "vision_model", "visual_projection"},
-    ("siglip", "t2m"): {"text_model", "vision_model"},
+    ("clip", "t2t"): {"text_model", "text_projection", "logit_scale"},
+    ("clip", "i2i"): {"vision_model", "visual_projection", "logit_scale"},
+    ("clip", "t2i"): {
+        "text_model",
+        "text_projection",
+        "vision_model",
+        "visual_projection",
+        "logit_scale",
+    },
+    ("siglip", "t2m"): {"text_model", "vision_model", "logit_scale"},
     ("composed", "i2i"): {"image", "projections"},
     ("composed", "i2t"): {"text", "image", "projections"},
     ("qwen3_vl", "t2t"): {"language_model"},
     ("qwen3_vl", "i2t"): {"language_model", "visual"},
     ("vit", "i2i"): {"backbone"},
 }
-"""What trains, for some."""
+"""What trains, for some; the temperature is the checkpoint's."""
 
 
 @pytest.fixture(scope="module")

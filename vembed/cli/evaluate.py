@@ -173,6 +173,7 @@ def _measure(model: str, task: EvalTask, arguments: argparse.Namespace) -> EvalR
 
 def _print_one(result: EvalResult, arguments: argparse.Namespace) -> int:
     from vembed.evaluation import confidence_intervals, metric_label
+    from vembed.evaluation.results import count_items
 
     if arguments.json:
         _print_json(result.metrics)
@@ -184,7 +185,7 @@ def _print_one(result: EvalResult, arguments: argparse.Namespace) -> int:
     for name, interval in confidence_intervals(result).items():
         value, low, high = (f"{n:.4f}" for n in (result.metrics[name], interval.low, interval.high))
         table.add_row(Text(metric_label(name)), value, f"{low} to {high}")
-    table.caption = f"{len(result):,} {result.items}; all metrics: --json"
+    table.caption = f"{count_items(len(result), result.items)}; all metrics: --json"
     Console().print(table)
     return 0
 

@@ -27,6 +27,12 @@ LEVEL = 0.95
 RESAMPLES = 2000
 SWAPS = 9999  # with the observed one, 10,000: the smallest p-value is 0.0001
 
+MAX_P_VALUE = 0.05
+FEW_ITEMS = 30
+"""Below it, bootstrap intervals of a mean are too narrow, and only a large change can be told from
+chance: what stays unclear is then blamed on the number of items.
+"""
+
 _SEED = 0
 _BLOCK_ENTRIES = 2**21  # draws held at once: 16 MB
 
@@ -69,10 +75,23 @@ class MetricChange:
 
     @property
     def verdict(self) -> Literal["better", "worse", "unclear"]:
-        """`unclear` when the interval of the difference holds 0."""
+        """`unclear` when the interval of the difference holds 0, or p is above 0.05."""
+        if self.p_value > MAX_P_VALUE:
+            return "unclear"
         if self.difference_low > 0:
             return "better"
         return "worse" if self.difference_high < 0 else "unclear"
+
+    @property
+    def doubt(self) -> str:
+        """Why the verdict is unclear, in a sentence; empty where it is not."""
+        if self.verdict != "unclear":
+            return ""
+        if self.count < FEW_ITEMS:
+            return f"There are too few test {self.items} ({self.count}) to conclude."
+        if self.difference_low <= 0 <= self.difference_high:
+            return "The interval holds zero: this may be chance."
+        return f"p is above {MAX_P_VALUE}: this may be chance."
 
 
 def confidence_intervals(

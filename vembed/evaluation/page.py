@@ -17,6 +17,7 @@ from vembed.evaluation.gallery import Gallery
 from vembed.evaluation.intervals import RESAMPLES, SWAPS, MetricChange
 from vembed.evaluation.metrics import metric_label
 from vembed.evaluation.moved import MovedQueries, MovedQuery
+from vembed.evaluation.results import count_items
 
 _SHOWN_CHARACTERS = 240
 
@@ -92,9 +93,10 @@ def _header(data: ReportData) -> str:
 def _verdict(change: MetricChange) -> str:
     metric = escape(metric_label(change.metric))
     verb = {"better": "rose", "worse": "fell", "unclear": "went"}[change.verdict]
-    doubt = "" if change.verdict != "unclear" else " The interval holds zero: this may be chance."
+    doubt = f" {escape(change.doubt)}" if change.doubt else ""
     return f"""<p class="verdict">{metric} {verb} from <b class="before">{change.before:.3f}</b>
-to <b class="after">{change.after:.3f}</b> on {change.count:,} test {escape(change.items)}.</p>
+to <b class="after">{change.after:.3f}</b> on
+{escape(count_items(change.count, f"test {change.items}"))}.</p>
 <p class="doubt"><span class="chip {change.verdict}">{change.difference:+.3f}</span>
 95&nbsp;% interval {change.difference_low:+.3f} to {change.difference_high:+.3f},
 p&nbsp;{_p_relation(change.p_value)}.{doubt}</p>"""

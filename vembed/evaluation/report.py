@@ -17,6 +17,7 @@ from vembed.evaluation.intervals import MetricChange
 from vembed.evaluation.metrics import metric_label
 from vembed.evaluation.moved import MovedQueries, MovedQuery
 from vembed.evaluation.page import ReportData, build_page, format_p_value, shorten
+from vembed.evaluation.results import count_items
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
@@ -50,9 +51,15 @@ def render_table(changes: Sequence[MetricChange], *, title: str | None = None) -
             format_p_value(change.p_value),
         )
     if changes:
-        table.caption = (
-            f"{changes[0].count:,} {changes[0].items}; below each value its 95 % bootstrap interval"
+        counted = count_items(changes[0].count, changes[0].items)
+        caption = (
+            f"{counted}; below each value its 95 % bootstrap interval"
+            "\n"
+            "p: how often chance alone, the two models swapped at random, moves it as far"
         )
+        if changes[0].doubt:
+            caption += f"\n{metric_label(changes[0].metric)}: {changes[0].doubt}"
+        table.caption = caption
     return table
 
 

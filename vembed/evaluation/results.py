@@ -68,6 +68,13 @@ class EvalResult:
         return len(self.per_item[self.main_metric])
 
 
+def count_items(count: int, items: str) -> str:
+    """`1 query`, `1,203 queries`: a number with what is counted, given in the plural."""
+    if count == 1:
+        items = f"{items[:-3]}y" if items.endswith("ies") else items.removesuffix("s")
+    return f"{count:,} {items}"
+
+
 @runtime_checkable
 class EvalTask(Protocol):
     """Something that a model can be measured on."""

@@ -112,8 +112,8 @@ class DistillationLoss(Protocol):
 def build_criterion(
     loss_type: str | type | Criterion,
     *,
-    temperature: float = DEFAULT_TEMPERATURE,
-    learn_temperature: bool = False,
+    temperature: float | None = None,
+    learn_temperature: bool | None = False,
     bidirectional: bool = False,
     tile_size: int | Literal["auto"] = "auto",
     guided: bool = False,
@@ -125,8 +125,8 @@ def build_criterion(
 
     Args:
         loss_type: A name from `LOSSES`, `package.module:Name`, or a class, function or instance.
-        temperature: Passed on if the loss has such an argument.
-        learn_temperature: Likewise.
+        temperature: Passed on if the loss has such an argument; None for `DEFAULT_TEMPERATURE`.
+        learn_temperature: Likewise; None for no.
         bidirectional: Likewise.
         tile_size: Likewise.
         guided: Likewise; whether the batches bring the embeddings of a guide model.
@@ -139,8 +139,8 @@ def build_criterion(
             `bidirectional`, `guided` or a `tile_size` is asked of a loss without it.
     """
     settings = {
-        "temperature": temperature,
-        "learn_temperature": learn_temperature,
+        "temperature": DEFAULT_TEMPERATURE if temperature is None else temperature,
+        "learn_temperature": bool(learn_temperature),
         "bidirectional": bidirectional,
         "tile_size": tile_size,
         "guided": guided,
@@ -344,7 +344,9 @@ def check_embeddings(criterion: Criterion, *, tokens: bool) -> None:
     name = getattr(criterion, "__name__", type(criterion).__name__)
     raise ConfigError(
         f"loss_type: {name} compares {_KINDS[takes_tokens]}. Received: a model that gives "
-        f"{_KINDS[tokens]}. Losses that fit it: {', '.join(fitting)}; or set pooling_method: "
+        f"{_KINDS[tokens]}. Losses that fit it: {', '.join(fitting)}; or "
+        + ("for an encoder of a single tower " if takes_tokens else "")
+        + "set pooling_method: "
         + ("none" if takes_tokens else "mean, or another that gives one vector")
     )
 

@@ -104,7 +104,9 @@ def load_images(items: Sequence[Item]) -> list[Any]:
     images = []
     for item in items:
         if item.image is None or isinstance(item.image, str):
-            raise DataError(f"an image is expected. Received: {item.image!r}, text {item.text!r}")
+            raise DataError(
+                f"an image is expected. Received: image {item.image}, text {item.text!r}"
+            )
         images.append(load_image(item.image))
     return images
 

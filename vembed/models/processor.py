@@ -159,7 +159,7 @@ def forget_calls(tokenizer: Any) -> None:
 
 def _text_of(item: Item) -> str:
     if item.image is not None:
-        raise DataError(f"this model embeds text only. Received an image: {item.image!r}")
+        raise DataError(f"this model embeds text only. Received an image: {item.image}")
     if not isinstance(item.text, str):
         raise DataError(f"a text is expected. Received: {item.text!r}")
     return item.text

@@ -169,7 +169,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     for name, field in TrainConfig.model_fields.items():
         if name in starts:
             group = parser.add_argument_group(starts[name])
-        const = "true" if field.annotation is bool else None
+        const = "true" if field.annotation in (bool, bool | None) else None
         help_text = f"{field.description} (default: {_as_yaml(_default(name))})".replace("%", "%%")
         for spelling in spellings[name]:
             shown = help_text if spelling == name else f"another spelling of --{name}"

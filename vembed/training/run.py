@@ -22,7 +22,6 @@ from vembed.distributed import fail_together
 from vembed.errors import ConfigError
 from vembed.evaluation import EvalResult, EvalTask, ReducedTask, Reduction
 from vembed.losses import (
-    DEFAULT_TEMPERATURE,
     LOSSES,
     Criterion,
     build_criterion,
@@ -266,8 +265,8 @@ def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterio
     check_row_fields(loss, rows.fields)
     criterion = build_criterion(
         config.loss_type,
-        temperature=config.temperature or DEFAULT_TEMPERATURE,
-        learn_temperature=bool(config.learn_temperature),
+        temperature=config.temperature,
+        learn_temperature=config.learn_temperature,
         bidirectional=config.loss_bidirectional,
         tile_size=config.loss_tile_size,
         guided=config.guide_model_name is not None,

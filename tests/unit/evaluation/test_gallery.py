@@ -58,6 +58,37 @@ def test_answers_are_marked_by_what_is_relevant():
     assert "3 of 8 queries" in gallery.describe()
 
 
+def test_a_row_tells_the_right_answer_and_its_ranks():
+    of = task()
+
+    row = choose_gallery(result(of, right=False), result(of, right=True), rows=1).rows[0]
+
+    assert row.right == picture_of(row.query.text.split()[1])
+    assert row.rank_before > row.rank_after == 1
+
+
+def test_the_right_answer_is_shown_though_neither_model_found_it():
+    of = task()
+    wrong = choose_gallery(*[result(of, right=False)] * 2, rows=1, depth=1)
+    color = COLORS[wrong.rows[0].query.text.split()[1]]
+
+    pixels = np.asarray(Image.open(io.BytesIO(gallery_png(wrong))))
+
+    assert not wrong.rows[0].after[0].is_right
+    assert np.all(pixels == color, axis=-1).any()
+
+
+def test_a_long_query_of_wide_letters_stays_in_its_column():
+    """Nothing is drawn between the query and the right answer."""
+    of = task(query_of=lambda name: Item(text=f"{name} WWWWWWWWWW MMMMMMMMMM " * 4))
+    gallery = choose_gallery(*[result(of, right=True)] * 2)
+
+    pixels = np.asarray(Image.open(io.BytesIO(gallery_png(gallery))))
+
+    assert (pixels[58:-28, 28 + 300 - 8 : 28 + 300] == 255).all()
+    assert (pixels[58:-28, 28 : 28 + 200] < 255).any()
+
+
 @pytest.mark.parametrize("depth", [1, 3])
 def test_right_answers_are_framed(depth):
     of = task()
@@ -87,7 +118,7 @@ def test_pictures_on_either_side_are_drawn():
 
     pixels = {color for _, color in image.getcolors(2**20)}
     assert {COLORS[name] for name in NAMES} <= pixels
-    assert image.width < 1400
+    assert image.width < 1550
 
 
 def test_texts_alone_have_no_gallery():

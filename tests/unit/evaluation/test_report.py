@@ -14,10 +14,10 @@ from vembed.evaluation.report import render_moved, render_table, write_report
 NASTY = '<script>alert("1")</script> & "quoted" \'single\''
 
 
-def change(metric="ndcg@10", before=0.633, after=0.727, half=0.02):
+def change(metric="ndcg@10", before=0.633, after=0.727, half=0.02, *, count=1203, p_value=0.0001):
     difference = after - before
     return MetricChange(
-        metric=metric, count=1203, items="queries", p_value=0.0001,
+        metric=metric, count=count, items="queries", p_value=p_value,
         before=before, before_low=before - half, before_high=before + half,
         after=after, after_low=after - half, after_high=after + half, difference=difference,
         difference_low=difference - half / 2, difference_high=difference + half / 2,
@@ -131,12 +131,26 @@ def test_the_page_tells_the_numbers(tmp_path):
     [
         (change(after=0.5), "nDCG@10 fell from"),
         (change(after=0.634), "The interval holds zero: this may be chance."),
+        (change(p_value=0.125), "p is above 0.05: this may be chance."),
+        (change(p_value=0.125, count=8), "too few test queries (8) to conclude"),
     ],
 )
 def test_the_verdict_is_honest(tmp_path, main, said):
     page = write(tmp_path, changes=[main]).read_text(encoding="utf-8")
     assert said in page
     assert "rose from" not in page
+    assert (said in " ".join(rendered(render_table([main])).split())) == (said in main.doubt)
+
+
+def test_one_query_is_not_queries(tmp_path):
+    one = [change(count=1)]
+    assert "1 query; below" in rendered(render_table(one))
+    assert "1 test query." in write(tmp_path, changes=one).read_text(encoding="utf-8")
+
+
+def test_few_queries_that_agree_are_enough():
+    assert change(p_value=0.01, count=8).verdict == "better"
+    assert change(p_value=0.01, count=8).doubt == ""
 
 
 def test_a_page_without_curves_or_moves(tmp_path):

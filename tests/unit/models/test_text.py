@@ -233,7 +233,6 @@ def test_a_wrong_name_is_answered_before_torch_is_imported(tmp_path):
     code = f"""
 import sys
 from vembed.models import load_encoder
-from vembed.training.model_builder import build_model
 for name in ("no/such/folder", "package:nowhere", {str(tmp_path)!r}):
     try:
         load_encoder(name)

@@ -14,13 +14,16 @@ _NO_LOSS = 1e-3
 _EXACT_ZERO = 1e-8
 
 _AT_CHANCE = 0.97
-"""Share of the loss at chance from which on a loss is no better."""
+"""Share of the loss at chance from which on a loss is about as high."""
 
 _UNHEARD = 0.01
 """Share of the loss below which what a teacher says makes no difference."""
 
 _FEW_NEGATIVES = 7
 _FLAT = 0.95
+_FLAT_AT_BEST = 0.5
+"""A temperature is too high if a perfect model could not give a positive more of its softmax."""
+
 _SATURATED = 0.9
 _ALIKE = 0.99
 
@@ -167,11 +170,14 @@ def _student_softmax(report: FirstStepReport) -> Iterator[Advice]:
         return
     seen = f"at temperature {temperature.value:.4g} the softmax over candidates"
     softmax = candidates.softmax
-    if softmax.evenness >= _FLAT:
+    best = _best_share(temperature.value, candidates.negatives.mean)
+    # Without a geometry of rows, vectors are those of tokens, whose similarities may be sums.
+    if report.embeddings and softmax.evenness >= _FLAT and best <= _FLAT_AT_BEST:
         yield Advice(
             "flat softmax",
-            f"{seen} is flat ({softmax.evenness:.1%} even): whatever the similarities are, the "
-            "loss stays at chance. Set a lower temperature",
+            f"{seen} is flat ({softmax.evenness:.1%} even) and stays so: a positive of similarity "
+            "1 among negatives of -1 would get no more than "
+            f"{best:.0%} of it. Set a lower temperature",
             ("temperature",),
         )
     if softmax.decided >= _SATURATED:
@@ -182,6 +188,15 @@ def _student_softmax(report: FirstStepReport) -> Iterator[Advice]:
             "a larger batch_size",
             ("temperature", "batch_size"),
         )
+
+
+def _best_share(temperature: float, negatives: float) -> float:
+    """Of a positive of similarity 1 among negatives of similarity -1, the widest spread there is.
+
+    What the first batch spreads over says nothing about the temperature: an untrained model is
+    even at any.
+    """
+    return 1 / (1 + negatives * math.exp(-2 / temperature))
 
 
 def _teacher_softmax(report: FirstStepReport) -> Iterator[Advice]:
@@ -249,9 +264,10 @@ def _loss(report: FirstStepReport) -> Iterator[Advice]:
             ("batch_size", "data_path", "temperature"),
         )
     elif chance is not None and loss >= _AT_CHANCE * chance:
+        relation = "higher than at" if loss > chance / _AT_CHANCE else "about that of"
         yield Advice(
             "at chance",
-            f"the loss, {loss:.4f}, is no better than chance, {chance:.4f}: the model cannot tell "
+            f"the loss, {loss:.4f}, is {relation} chance, {chance:.4f}: the model cannot tell "
             "positives from other documents. Unless it, or its projection, is untrained, check "
             "model_name, pooling_method and query_prompt, and that column_mapping pairs what "
             "belongs together",

@@ -149,7 +149,7 @@ def _batch_line(batch: BatchSize) -> str:
     per_process = " + ".join(map(str, batch.by_process))
     if len(set(batch.by_process)) == 1:
         per_process = f"{batch.by_process[0]} x {_count(len(batch.by_process), 'process')}"
-    line = f"{one} queries = {per_process}"
+    line = f"{one} {'query' if one == 1 else 'queries'} = {per_process}"
     if batch.micro_batches > 1:
         line += f"; {batch.micro_batches} such micro-batches a step, each with its own negatives"
     return line

@@ -15,6 +15,7 @@ from vembed.losses.distillation.weighted import Term, WeightedDistillation
 from vembed.losses.info_nce import InfoNCE
 from vembed.losses.sigmoid import PairwiseSigmoid
 from vembed.losses.supcon import SupervisedContrastive
+from vembed.training.first_step.advice import _loss as _advice_on_loss
 from vembed.training.first_step.advice import advise
 from vembed.training.first_step.report import FirstStepReport, GradientNorm, Loss
 from vembed.training.objective import Objective
@@ -151,6 +152,16 @@ def test_flat_softmax():
     assert text.startswith("at temperature 5 the softmax over candidates is flat (9")
 
 
+def test_an_untrained_model_is_even_at_any_temperature():
+    """Its similarities have no spread yet; what they are divided by is not to blame."""
+    student, extras = healthy()
+    student = {role: rows + 2 for role, rows in student.items()}
+    report = report_on(student, extras, InfoNCE(0.5))
+    assert report.candidates.softmax.evenness > 0.95
+    assert "flat softmax" not in names(report)
+    assert "flat softmax" in names(report_on(student, extras, InfoNCE(2.0)))
+
+
 def test_saturated_softmax():
     found = names(report_on(*healthy(), InfoNCE(1e-4)))
     assert found[0] == "saturated softmax"
@@ -201,7 +212,10 @@ def test_at_chance():
     student, extras = healthy()
     student["positive"] = student["positive"].roll(1, dims=0)
     text = only(report_on(student, extras, InfoNCE(0.2)), "at chance")
-    assert "is no better than chance, 2.7726" in text
+    assert "is higher than at chance, 2.7726" in text
+    alike = {role: torch.ones(16, 32) for role in student}
+    (advice,) = [a for a in _advice_on_loss(report_on(alike, extras, InfoNCE(0.2)))]
+    assert "the loss, 2.7726, is about that of chance, 2.7726" in advice.text
 
 
 def test_chance_is_not_defined_for_every_loss():
