@@ -20,7 +20,7 @@ quickstart-images: $(VENV)/.quickstart ## Train a small model to find pictures b
 	$(BIN)/vembed quickstart images $(ARGS)
 
 test: $(VENV)/.dev ## Run the tests (ARGS="-k name")
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.dev ## Check format, lint, types and layers
 	$(BIN)/ruff format --check .

@@ -75,3 +75,22 @@ def exit_status(program: Callable[[], int]) -> int:
         if not rank:
             sys.stderr.write("vembed: interrupted\n")
         return 130
+
+
+def shorten(text: str, *, quote: bool = False, most: int = 80) -> str:
+    """The beginning of `text`, then `...`, in a form that any log takes.
+
+    Args:
+        text: Of the user's data: it may be long, or no valid Unicode.
+        quote: Put it in quotes, with escapes for what cannot be shown.
+        most: Characters of it that are shown.
+    """
+    cut = text[:most]
+    end = "..." if len(text) > most else ""
+    shown = repr(cut) if quote else cut.encode("utf-8", "backslashreplace").decode("utf-8")
+    return shown + end
+
+
+def quote_path(path: str) -> str:
+    """A path or URL as it is shown: more of it than of other texts, because its end names it."""
+    return shorten(path, quote=True, most=120)

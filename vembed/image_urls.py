@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import SplitResult, urlsplit
 
-from vembed.errors import DataError
-from vembed.images import ImageError, ImageLimits, ImageSource, is_url, shorten
+from vembed.errors import DataError, quote_path
+from vembed.images import ImageError, ImageLimits, ImageSource, is_url
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _TIMEOUT_SECONDS = 20
@@ -44,7 +44,7 @@ class ImageUrl(ImageSource):
     url: str
 
     def __str__(self) -> str:
-        return repr(shorten(self.url))
+        return quote_path(self.url)
 
     @property
     def identity(self) -> str:
@@ -162,7 +162,7 @@ def _check_host(source: ImageUrl, url: str) -> None:
             "an image path must be a file, not a URL",
             advice="Download it and name the file, or allow its host with image_hosts.",
         )
-    detail = "" if url == source.url else f"which redirects to {shorten(url)!r}"
+    detail = "" if url == source.url else f"which redirects to {quote_path(url)}"
     try:
         parts = urlsplit(url)
         host = _host_of(parts)

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, BinaryIO
 
-from vembed.errors import DataError
+from vembed.errors import DataError, quote_path, shorten
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,7 +39,6 @@ MOST_PIXELS = 178_956_970
 _SPELLINGS = {".jpg": (".jpeg", ".JPEG"), ".jpeg": (".jpg", ".JPG")}
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|(data|file|https?|ftp|s3|gs|hf):", re.IGNORECASE)
 _TAIL_BYTES = 4096
-_SHOWN_CHARACTERS = 120
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -158,7 +157,7 @@ class ImageFile(ImageSource):
     prefix: str = ""
 
     def __str__(self) -> str:
-        return repr(shorten(self._location if self._is_own else self.path))
+        return quote_path(self._location if self._is_own else self.path)
 
     @property
     def _location(self) -> str:
@@ -196,9 +195,10 @@ class ImageFile(ImageSource):
     def _missing(self) -> ImageError:
         advice = "Paths are relative to image_root; without it, to the folder of the data file."
         if "\\" in self.path:
-            advice = f"Write '/' between folders: {shorten(self.path.replace(chr(92), '/'))!r}."
+            path = self.path.replace("\\", "/")
+            advice = f"Write '/' between folders: {quote_path(path)}."
         elif other := self._other_ending():
-            advice = f"Did you mean {shorten(other)!r}?"
+            advice = f"Did you mean {quote_path(other)}?"
         elif self._is_own:
             advice = ""
         detail = "" if self._is_own else f"looked for in {self.root!r}"
@@ -220,7 +220,7 @@ class ImageFile(ImageSource):
         if os.path.commonpath([root, path]) != root:
             raise self.error(
                 "an image must lie under the image folder",
-                f"which leads to {shorten(path)!r}; the folder is {root!r}",
+                f"which leads to {quote_path(path)}; the folder is {root!r}",
                 "Copy the file there, or set image_root to a folder that holds both.",
             )
         # Asked before it is opened: opening a named pipe would wait for a writer.
@@ -249,7 +249,7 @@ class ImageInTar(ImageSource):
     prefix: str = ""
 
     def __str__(self) -> str:
-        return f"{shorten(self.member)!r} in {os.path.basename(self.shard)!r}"
+        return f"{quote_path(self.member)} in {os.path.basename(self.shard)!r}"
 
     @property
     def identity(self) -> str:
@@ -292,7 +292,7 @@ class ImageBytes(ImageSource):
 
     def __str__(self) -> str:
         size = f"{len(self.data):,} bytes"
-        return f"{shorten(self.name)!r} ({size})" if self.name else size
+        return f"{quote_path(self.name)} ({size})" if self.name else size
 
     @property
     def identity(self) -> str:
@@ -376,7 +376,7 @@ class ImageFolder:
         """
 
         def refuse(rule: str, advice: str) -> ImageError:
-            return ImageError(rule, repr(shorten(path)), advice, where)
+            return ImageError(rule, quote_path(path), advice, where)
 
         if is_url(path):
             raise refuse("an image path must be a file, not a URL", "Name a file.")
@@ -441,7 +441,7 @@ def as_image_source(image: str | os.PathLike[str] | bytes | Image | ImageSource)
         if is_url(os.fspath(image)):
             raise ImageError(
                 "an image path must be a file, not a URL",
-                repr(shorten(os.fspath(image))),
+                quote_path(os.fspath(image)),
                 "Download it, and give the path of its file, or its bytes.",
             )
         path = Path(os.path.abspath(image))
@@ -637,9 +637,3 @@ def _to_rgb(source: ImageSource, image: Image) -> Image:
 
 def _digest(data: bytes) -> str:
     return "blake2b:" + hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def shorten(text: str) -> str:
-    """The beginning of `text`, with escapes where it is no Unicode: any log must take it."""
-    shown = text.encode("utf-8", "backslashreplace").decode("utf-8")
-    return shown if len(shown) <= _SHOWN_CHARACTERS else shown[:_SHOWN_CHARACTERS] + "..."

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from vembed.errors import DataError
+from vembed.errors import DataError, shorten
 
 PROBLEM_LIMIT = 20
 """Problems after which a file is read no further: enough to see their kinds."""
@@ -14,7 +14,6 @@ PROBLEM_LIMIT = 20
 SHOWN_PROBLEMS = 8
 """Problems that a message lists, before it counts the others."""
 
-_SHOWN_CHARACTERS = 80
 _SHOWN_NAMES = 12
 
 
@@ -130,13 +129,6 @@ def describe(value: Any) -> str:
         kind = kinds.get(type(value), f"of type {type(value).__name__}")
     shown = str(value).lower() if isinstance(value, bool) else repr(value)
     return f"{shorten(shown)} ({kind})"
-
-
-def shorten(text: str, *, quote: bool = False) -> str:
-    """At most 80 characters of `text`, then `...`; quoted and escaped where asked."""
-    cut = text[:_SHOWN_CHARACTERS]
-    end = "..." if len(text) > _SHOWN_CHARACTERS else ""
-    return (repr(cut) if quote else cut) + end
 
 
 def list_names(names: Iterable[str]) -> str:

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vembed.data.problems import RowProblem, describe, list_names, shorten
-from vembed.errors import DataError
+from vembed.data.problems import RowProblem, describe, list_names
+from vembed.errors import DataError, shorten
 from vembed.registry import did_you_mean
 
 MAX_LINE_BYTES = 32 * 2**20

@@ -8,9 +8,9 @@ from itertools import groupby
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vembed.data.problems import RowProblem, describe, shorten
+from vembed.data.problems import RowProblem, describe
 from vembed.data.reading import MAX_LINE_BYTES, RawRow, decode_text, parse_json_line
-from vembed.errors import DataError
+from vembed.errors import DataError, shorten
 from vembed.images import ImageInTar
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vembed.data.file_names import is_image_name
-from vembed.data.problems import list_names, shorten
+from vembed.data.problems import list_names
 from vembed.data.reading import RawRow, read_beir, read_csv, read_jsonl, read_parquet
 from vembed.data.shards import read_shards
-from vembed.errors import ConfigError, DataError
+from vembed.errors import ConfigError, DataError, shorten
 from vembed.registry import did_you_mean
 
 FILE_READERS: dict[str, Callable[[str], Iterator[RawRow]]] = {

@@ -13,8 +13,8 @@ import torch
 
 from vembed.chunking import DEFAULT_CHUNK_TOKENS
 from vembed.data.file_names import names_image_file
-from vembed.errors import ConfigError, DataError
-from vembed.images import ImageSource, as_image_source, shorten
+from vembed.errors import ConfigError, DataError, quote_path
+from vembed.images import ImageSource, as_image_source
 from vembed.inference.encoding import check_truncate_dim, encode_items
 from vembed.models import load_encoder
 from vembed.models.protocol import Encoder, Role
@@ -237,9 +237,10 @@ class Predictor:
         if not isinstance(entry, str):
             return Item(image=as_image_source(entry))
         if IMAGE in self.encoder.modalities and names_image_file(entry):
+            shown = quote_path(entry)
             raise DataError(
-                f"{shorten(entry)!r} names an image file, but a str is embedded as a text. "
-                f"For the image, give pathlib.Path({shorten(entry)!r}), or use encode_image; "
+                f"{shown} names an image file, but a str is embedded as a text. "
+                f"For the image, give pathlib.Path({shown}), or use encode_image; "
                 "for the text, encode_text"
             )
         return Item(text=entry)

@@ -15,7 +15,7 @@ from vembed.errors import CheckpointError, ConfigError
 from vembed.models.chat import ChatInputs, ChatProcessor, PatchInputs, ProcessorInputs
 from vembed.models.checkpoint_format import CheckpointSettings, read_settings
 from vembed.models.image_processor import load_image_processor
-from vembed.models.options import choose, origins_of
+from vembed.models.options import choose, origins_of, values_of
 from vembed.models.pooled import PooledEncoder, check_token_rules
 from vembed.models.pooling import check_pooling_method
 from vembed.models.projection import load_projections
@@ -84,20 +84,9 @@ def load_vlm_encoder(
     )
     _check_pooling(chosen["pooling_method"].value)
     check_token_rules(chosen["pooling_method"], stored)
-    processor = ChatProcessor(
-        inputs,
-        max_seq_length=text_options["max_seq_length"].value,
-        prompts=Prompts(
-            query=text_options["query_prompt"].value,
-            document=text_options["document_prompt"].value,
-            default=stored.prompts.get(
-                stored.default_prompt_name or "", text_options["document_prompt"].value
-            ),
-        ),
-    )
     encoder = PooledEncoder(
         backbone,
-        processor,
+        _chat_processor(inputs, stored, **values_of(text_options)),
         modalities="tim",
         settings=replace(
             stored,
@@ -118,6 +107,20 @@ def load_vlm_encoder(
     for tower in freeze_towers:
         encoder.freeze(tower)
     return encoder.eval()
+
+
+def _chat_processor(
+    inputs: ChatInputs,
+    stored: CheckpointSettings,
+    *,
+    max_seq_length: int,
+    query_prompt: str,
+    document_prompt: str,
+) -> ChatProcessor:
+    """A processor whose items without a role get the checkpoint's default, else the document's."""
+    default = stored.prompts.get(stored.default_prompt_name or "", document_prompt)
+    prompts = Prompts(query=query_prompt, document=document_prompt, default=default)
+    return ChatProcessor(inputs, max_seq_length=max_seq_length, prompts=prompts)
 
 
 def _check_pooling(method: str) -> None:

@@ -49,9 +49,11 @@ class Overlap:
     def describe(self, name: str) -> str | None:
         """What to tell the user about the data set of that name; None where all is well.
 
-        Text documents alone may be the same: many data sets have one corpus for all queries.
+        Text documents alone may be the same: many data sets have one corpus for all queries. So
+        may the words for pictures that are all unseen.
         """
-        if not (self.queries.count or (self.images and self.documents.count)):
+        telling = self.documents if self.images else self.queries
+        if not telling.count:
             return None
         parts = {"pairs": self.pairs, "queries": self.queries, "documents": self.documents}
         counted = ", ".join(f"{part} {what}" for what, part in parts.items() if part.total)

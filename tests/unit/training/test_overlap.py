@@ -68,6 +68,8 @@ def test_text_documents_alone_may_be_shared():
     assert Overlap(nothing, nothing, some).describe("x") is None
     assert Overlap(nothing, nothing, some, images=True).describe("x") is not None
     assert Overlap(nothing, some, nothing).describe("x") is not None
+    # As names of symbols, asked for in a font that is never trained on.
+    assert Overlap(nothing, some, nothing, images=True).describe("x") is None
 
 
 @pytest.mark.parametrize("key", ["test_data_path", "val_data_path"])
