@@ -405,11 +405,13 @@ class TrainConfig(BaseModel):
     temperature: Float | None = Field(
         None,
         gt=0,
-        description="Similarities are divided by it; null: that of a CLIP or SigLIP, else 0.05",
+        description="Similarities are divided by it; null: that of a CLIP or SigLIP if the loss "
+        "can train it, else the loss's own, mostly 0.05",
     )
     learn_temperature: bool | None = Field(
         None,
-        description="Train the temperature; null: if it is of a CLIP or SigLIP and the loss can",
+        description="Train the temperature; null: where temperature is null, if it is of a CLIP or "
+        "SigLIP, or the loss is sigmoid",
     )
     loss_bidirectional: bool = Field(
         False, description="Also rank the queries for each positive, and average"

@@ -42,8 +42,8 @@ DISTILLATION_LOSSES = {
 """Distillation losses by the name that `distillation_loss` takes."""
 
 
-DEFAULT_TEMPERATURE = 0.05
-"""What similarities are divided by where nothing else says."""
+_DEFAULT_TEMPERATURE = 0.05
+"""Of a loss that takes one and has none of its own."""
 
 
 class Criterion(Protocol):
@@ -113,7 +113,7 @@ def build_criterion(
     loss_type: str | type | Criterion,
     *,
     temperature: float | None = None,
-    learn_temperature: bool | None = False,
+    learn_temperature: bool | None = None,
     bidirectional: bool = False,
     tile_size: int | Literal["auto"] = "auto",
     guided: bool = False,
@@ -125,8 +125,8 @@ def build_criterion(
 
     Args:
         loss_type: A name from `LOSSES`, `package.module:Name`, or a class, function or instance.
-        temperature: Passed on if the loss has such an argument; None for `DEFAULT_TEMPERATURE`.
-        learn_temperature: Likewise; None for no.
+        temperature: Passed on if the loss has such an argument; None for the loss's own.
+        learn_temperature: Likewise; None for the loss's own, or no where a temperature is given.
         bidirectional: Likewise.
         tile_size: Likewise.
         guided: Likewise; whether the batches bring the embeddings of a guide model.
@@ -138,9 +138,11 @@ def build_criterion(
         ConfigError: if the loss is unknown, the arguments do not fit it, or `learn_temperature`,
             `bidirectional`, `guided` or a `tile_size` is asked of a loss without it.
     """
+    if learn_temperature is None:
+        learn_temperature = temperature is None and learns_temperature(loss_type)
     settings = {
-        "temperature": DEFAULT_TEMPERATURE if temperature is None else temperature,
-        "learn_temperature": bool(learn_temperature),
+        "temperature": own_temperature(loss_type) if temperature is None else temperature,
+        "learn_temperature": learn_temperature,
         "bidirectional": bidirectional,
         "tile_size": tile_size,
         "guided": guided,
@@ -168,6 +170,26 @@ def takes_argument(loss_type: str | type | Criterion, name: str) -> bool:
     """Whether the loss that `loss_type` names is made with an argument of that name."""
     chosen = resolve("loss_type", loss_type, LOSSES)
     return _makes_a_loss(chosen) and name in accepted_arguments(chosen, {name: None})
+
+
+def own_temperature(loss_type: str | type | Criterion) -> float:
+    """The temperature of the loss that `loss_type` names where nobody sets one."""
+    own = _default_of(loss_type, "temperature")
+    return _DEFAULT_TEMPERATURE if own is None else float(own)
+
+
+def learns_temperature(loss_type: str | type | Criterion) -> bool:
+    """Whether the loss that `loss_type` names trains its temperature where nobody says."""
+    return bool(_default_of(loss_type, "learn_temperature"))
+
+
+def _default_of(loss_type: str | type | Criterion, name: str) -> Any:
+    """The default of an argument of the loss; None where it has no such argument, or no default."""
+    chosen = resolve("loss_type", loss_type, LOSSES)
+    if not takes_argument(chosen, name):
+        return None
+    parameter = inspect.signature(chosen).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def _makes_a_loss(chosen: Any) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from vembed.config import TrainConfig
-from vembed.losses import DEFAULT_TEMPERATURE, takes_argument
+from vembed.losses import learns_temperature, own_temperature, takes_argument
 from vembed.losses.matryoshka import innermost
 
 logger = logging.getLogger(__name__)
@@ -28,25 +28,26 @@ def resolve_temperature(config: TrainConfig, encoder: Any) -> None:
     """Settle what the user left open: the temperature, and whether it is trained.
 
     A temperature that is not set is the encoder's own, trained on as it was, where the encoder has
-    one and the loss can; else a fixed number.
+    one and the loss can train it; else it is the loss's own. A loss that cannot would be bound to a
+    number that was learned for other comparisons, such as those of texts with images.
 
     Args:
         config: Set in it, so that the resolved settings say it.
         encoder: Has `logits` if its checkpoint has a scale.
     """
-    own = getattr(encoder, "logits", {})
-    is_own = config.temperature is None and "logit_scale" in own
-    if is_own and takes_argument(config.loss_type, "temperature"):
+    own, loss = getattr(encoder, "logits", {}), config.loss_type
+    is_open = config.temperature is None
+    is_own = is_open and "logit_scale" in own and takes_argument(loss, "learn_temperature")
+    if config.learn_temperature is None:
+        config.learn_temperature = is_own or (is_open and learns_temperature(loss))
+    if is_own:
         least, most = _LEARNED_RANGE
         config.temperature = min(max(math.exp(-own["logit_scale"]), least), most)
-        if config.learn_temperature is None:
-            config.learn_temperature = takes_argument(config.loss_type, "learn_temperature")
         how = "starts at" if config.learn_temperature else "is"
         logger.info("temperature %s %.4g, from the checkpoint", how, config.temperature)
-    if config.temperature is None:
-        config.temperature = DEFAULT_TEMPERATURE
-    config.learn_temperature = bool(config.learn_temperature)
-    if config.loss_type == "sigmoid" and config.learn_temperature and "logit_bias" in own:
+    elif is_open:
+        config.temperature = own_temperature(loss)
+    if loss == "sigmoid" and config.learn_temperature and "logit_bias" in own:
         config.loss_kwargs = {"bias": own["logit_bias"], **config.loss_kwargs}
 
 

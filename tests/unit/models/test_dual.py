@@ -9,10 +9,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoProcessor
 
+from tests.pictures import picture
+from tests.tiny import write_rows
 from tests.unit.models.families import (
     batch_for,
     family_path,
@@ -24,11 +27,12 @@ from tests.unit.models.families import (
 from vembed.config import TrainConfig
 from vembed.errors import CheckpointError, ConfigError, DataError
 from vembed.images import load_image
-from vembed.losses import build_criterion
+from vembed.losses import build_criterion, own_temperature
 from vembed.modes import Item
 from vembed.training.learned_scale import keep_in_model, resolve_temperature
 from vembed.training.model_builder import apply_lora, build_model
 from vembed.training.optimizer_builder import build_optimizer
+from vembed.training.run import run_training
 from vembed.training.trainer import Trainer
 
 FAMILIES = ["clip", "siglip", "siglip2"]
@@ -194,7 +198,12 @@ def trainer_of(path, tmp_path, loss, **settings):
         ({"temperature": 0.2}, 0.2, False),
         ({"learn_temperature": False}, math.exp(-3), False),
         ({"temperature": 0.2, "learn_temperature": True}, 0.2, True),
-        ({"loss_type": "supcon"}, math.exp(-3), False),
+        ({"loss_type": "sigmoid"}, math.exp(-3), True),
+        ({"loss_type": "supcon"}, 0.05, False),
+        ({"loss_type": "arcface"}, 1 / 64, False),
+        ({"loss_type": "normalized_softmax"}, 0.05, False),
+        ({"loss_type": "cosent"}, 0.05, False),
+        ({"loss_type": "margin_mse"}, 0.05, False),
         ({"loss_type": "tests.numerics.broken_losses:WithoutGather"}, 0.05, False),
     ],
 )
@@ -205,10 +214,54 @@ def test_where_the_temperature_comes_from(tmp_path, settings, temperature, learn
     assert (config.temperature, config.learn_temperature) == (pytest.approx(temperature), learned)
 
 
-def test_a_model_without_a_temperature(tmp_path):
-    config = TrainConfig(model_name=str(family_path("vit")), retrieval_mode="i2i")
+@pytest.mark.parametrize(
+    ("settings", "temperature", "learned"),
+    [
+        ({}, 0.05, False),
+        ({"loss_type": "sigmoid"}, 0.1, True),
+        ({"loss_type": "sigmoid", "temperature": 0.1}, 0.1, False),
+        ({"loss_type": "arcface"}, 1 / 64, False),
+    ],
+)
+def test_a_model_without_a_temperature(settings, temperature, learned):
+    """The temperature is the loss's own, and so it is without a run."""
+    config = TrainConfig(model_name=str(family_path("vit")), retrieval_mode="i2i", **settings)
     resolve_temperature(config, build_model(config))
-    assert (config.temperature, config.learn_temperature) == (0.05, False)
+    assert (config.temperature, config.learn_temperature) == (temperature, learned)
+    criterion = build_criterion(
+        config.loss_type, temperature=settings.get("temperature"), num_classes=2, embedding_dim=4
+    )
+    scale = getattr(criterion, "logit_scale", None)
+    assert (criterion.temperature, scale is not None) == (temperature, learned)
+
+
+@pytest.mark.parametrize("loss", ["arcface", "normalized_softmax", "supcon"])
+def test_a_loss_on_labels_leaves_the_temperature_of_the_checkpoint(tmp_path, loss):
+    """It compares images with classes, and the scale is of texts with images."""
+    path = with_logits("clip", tmp_path / "model", logit_scale=3.0)
+    colors = ["red", "green", "blue", "white"]
+    for color in colors:
+        (tmp_path / f"{color}.png").write_bytes(picture(color))
+    rows = [{"image": f"{c}.png", "label": f"class {n % 2}"} for n, c in enumerate(colors * 2)]
+    result = run_training(
+        {
+            "model_name": str(path),
+            "retrieval_mode": "i2i",
+            "loss_type": loss,
+            "data_path": str(write_rows(tmp_path / "rows.jsonl", rows)),
+            "image_root": str(tmp_path),
+            "holdout_ratio": 0,
+            "batch_size": 4,
+            "max_steps": 1,
+            "device": "cpu",
+            "progress": False,
+            "output_dir": str(tmp_path / "run"),
+        }
+    )
+    assert load(result.model_path).logits == {"logit_scale": pytest.approx(3.0)}
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert resolved["temperature"] == own_temperature(loss)
+    assert resolved["learn_temperature"] is False
 
 
 def with_logits(family, folder, **values):
