@@ -290,20 +290,28 @@ def missing_fields(criterion: Criterion | type[Criterion], fields: Collection[st
     return sorted(_required_fields(criterion) - set(fields))
 
 
-def check_row_fields(criterion: Criterion | type[Criterion], fields: Collection[str]) -> None:
+def check_row_fields(
+    criterion: Criterion | type[Criterion], fields: Collection[str], *, tokens: bool | None = None
+) -> None:
     """Check that every row has what the loss cannot work without.
 
     Args:
         criterion: A loss; one without `required_fields` fits any row.
         fields: The fields that every row has.
+        tokens: Whether the model gives a vector for each token; None where nothing is known of it.
 
     Raises:
-        ConfigError: naming the missing fields and the built-in losses that fit the data.
+        ConfigError: naming the missing fields and the built-in losses that fit data and model.
     """
     missing = missing_fields(criterion, fields)
     if not missing:
         return
-    required = {name: _required_fields(resolve("loss_type", name, LOSSES)) for name in LOSSES}
+    losses = {name: resolve("loss_type", name, LOSSES) for name in LOSSES}
+    required = {
+        name: _required_fields(loss)
+        for name, loss in losses.items()
+        if tokens is None or loss.takes_tokens == tokens
+    }
     # Those that use most of the data first.
     fitting = sorted(
         (name for name in required if required[name] <= set(fields)),
@@ -315,6 +323,8 @@ def check_row_fields(criterion: Criterion | type[Criterion], fields: Collection[
         advice = (
             "A label of a pair, such as 0 or 1, is a score: column_mapping: {score: YOUR_COLUMN}"
         )
+    if missing == ["teacher_scores"]:
+        advice += ". A cross-encoder gives them through teacher_model_name and teacher_cache"
     raise ConfigError(
         f"loss_type: {name} needs {' and '.join(missing)} in every row. Received rows with: "
         f"{', '.join(sorted(fields))}. Losses that fit these rows: {', '.join(fitting) or 'none'}. "

@@ -58,7 +58,11 @@ from vembed.training.run_data import (
     build_validation_loader,
     load_run_data,
 )
-from vembed.training.teaching.build import build_teaching, check_distillation_fields
+from vembed.training.teaching.build import (
+    build_teaching,
+    check_distillation_fields,
+    fields_of_teacher,
+)
 from vembed.training.teaching.cache import TeacherCache
 from vembed.training.trackers import start_trackers, stop_trackers
 from vembed.training.trainer import Trainer
@@ -212,7 +216,7 @@ def build_trainer(
     criterion = build_matryoshka(config, encoder, build_loss(config, encoder, data))
     data = _with_training_labels(data, criterion)
     guide = build_guide(config)
-    teaching = build_teaching(config, encoder)
+    teaching = build_teaching(config, encoder, criterion)
     check_distillation_fields(teaching, data.train.fields)
     if config.adapter_path is not None:
         load_losses(config.adapter_path, criterion, teaching.loss, missing_ok=True)
@@ -258,11 +262,12 @@ def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterio
     """The loss that the settings ask for, which fits the rows.
 
     Raises:
-        ConfigError: if it needs row fields that the data does not have, or other scores.
+        ConfigError: if it needs row fields that neither the data has nor a teacher adds, or other
+            scores.
     """
     rows = data.train
-    loss = resolve("loss_type", config.loss_type, LOSSES)
-    check_row_fields(loss, rows.fields)
+    fields, tokens = rows.fields | fields_of_teacher(config), encoder.pooling_method == NO_POOLING
+    check_row_fields(resolve("loss_type", config.loss_type, LOSSES), fields, tokens=tokens)
     criterion = build_criterion(
         config.loss_type,
         temperature=config.temperature,
@@ -274,9 +279,9 @@ def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterio
         embedding_dim=getattr(encoder, "embedding_dim", None),
         **config.loss_kwargs,
     )
-    check_embeddings(criterion, tokens=encoder.pooling_method == NO_POOLING)
+    check_embeddings(criterion, tokens=tokens)
     # Which fields it needs may hang on its arguments.
-    check_row_fields(criterion, rows.fields)
+    check_row_fields(criterion, fields, tokens=tokens)
     uses_scores = "score" in getattr(criterion, "required_fields", ())
     if "score" not in rows.fields:
         return criterion

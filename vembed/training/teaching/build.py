@@ -9,7 +9,7 @@ from typing import Any
 from vembed.config import TrainConfig
 from vembed.data import Collator, Record
 from vembed.errors import ConfigError
-from vembed.losses import build_distillation
+from vembed.losses import Criterion, build_distillation
 from vembed.losses.distillation.weighted import WeightedDistillation
 from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
@@ -18,6 +18,7 @@ from vembed.training.model_builder import build_teacher_model
 from vembed.training.teaching.cache import CachedTeacherCollator, TeacherCache
 from vembed.training.teaching.identity import taught_roles
 
+_SCORES = frozenset({"teacher_scores"})
 _FROM_EMBEDDINGS = ("similarity_kl", "embedding", "relational")
 
 
@@ -47,8 +48,23 @@ class Teaching:
         return collate
 
 
-def build_teaching(config: TrainConfig, student: Encoder) -> Teaching:
+def fields_of_teacher(config: TrainConfig) -> frozenset[str]:
+    """Row fields that `teacher_cache` adds to every row: the scores of a cross-encoder."""
+    if config.teacher_cache is None or not TeacherCache.open(config).has_scores:
+        return frozenset()
+    return _SCORES
+
+
+def build_teaching(
+    config: TrainConfig, student: Encoder, criterion: Criterion | None = None
+) -> Teaching:
     """The teacher's side of a run, from the settings. With a cache, the teacher is not loaded.
+
+    Args:
+        config: The settings.
+        student: The model to train.
+        criterion: The task loss. One that learns from a teacher's scores itself is all that is made
+            of these, where no `distillation_loss` is set.
 
     Raises:
         ConfigError: if teacher, cache or loss do not fit the settings.
@@ -72,6 +88,9 @@ def build_teaching(config: TrainConfig, student: Encoder) -> Teaching:
     if model is not None:
         roles, teacher_dim = taught_roles(model.modalities, config), model.embedding_dim
     has_scores = cache is not None and cache.has_scores
+    heard = _SCORES <= frozenset(getattr(criterion, "required_fields", ()))
+    if has_scores and heard and config.distillation_loss is None:
+        return Teaching(cache=cache)
     loss = build_distillation(
         config.distillation_loss or ("score" if has_scores else "similarity_kl"),
         temperature=config.distillation_temperature,

@@ -213,6 +213,41 @@ def test_a_cross_encoder_scores_pairs_once(settings, run, tmp_path, monkeypatch)
         run("kind", distillation_loss="embedding")
 
 
+def test_margin_mse_learns_from_the_scores_of_a_cross_encoder(settings, run, tmp_path):
+    rows = [{**p, "negatives": ["the sun is cold"]} for p in PAIRS]
+    settings["data_path"] = str(write_rows(tmp_path / "rows.jsonl", rows))
+    settings["teacher_model_name"] = str(tiny_cross_encoder(tmp_path / "judge"))
+    teach(settings)
+    cached, lines = run("cached", loss_type="margin_mse", holdout_ratio=0)
+    assert not any("distillation" in name for name in lines[0])  # they are heard once
+
+    cache = cache_of(settings)
+    for row, record in zip(rows, load_dataset_records(settings["data_path"]), strict=True):
+        row["teacher_scores"] = cache.vectors(cache.taught(record))[:, 0].tolist()
+    settings["data_path"] = str(write_rows(tmp_path / "scored.jsonl", rows))
+    teacher = {"teacher_model_name": None, "teacher_cache": None}
+    written, _ = run("written", loss_type="margin_mse", holdout_ratio=0, **teacher)
+    assert cached.keys() == written.keys()
+    assert all(torch.equal(cached[name], written[name]) for name in cached)
+
+    both = {"loss_type": "margin_mse", "distillation_loss": "score", "holdout_ratio": 0}
+    settings["data_path"] = str(tmp_path / "rows.jsonl")
+    _, lines = run("both", **both)
+    assert lines[0]["loss_task"] > 0
+    assert lines[0]["loss_distillation.score"] > 0
+
+
+def test_what_margin_mse_needs_is_told_with_who_gives_it(settings, run, tmp_path):
+    rows = [{**p, "negatives": ["the sun is cold"]} for p in PAIRS]
+    settings["data_path"] = str(write_rows(tmp_path / "rows.jsonl", rows))
+    teacher = {"teacher_model_name": None, "teacher_cache": None}
+    with pytest.raises(ConfigError, match="A cross-encoder gives them.*teacher_cache") as caught:
+        run("alone", loss_type="margin_mse", **teacher)
+    fitting = str(caught.value).partition("Losses that fit these rows: ")[2]
+    assert "infonce" in fitting
+    assert "maxsim" not in fitting  # it needs a vector for each token
+
+
 # --- stale and partial caches
 
 
