@@ -88,7 +88,7 @@ def build_teaching(
     if model is not None:
         roles, teacher_dim = taught_roles(model.modalities, config), model.embedding_dim
     has_scores = cache is not None and cache.has_scores
-    heard = _SCORES <= frozenset(getattr(criterion, "required_fields", ()))
+    heard = frozenset(getattr(criterion, "required_fields", ())) >= _SCORES
     if has_scores and heard and config.distillation_loss is None:
         return Teaching(cache=cache)
     loss = build_distillation(
