@@ -28,6 +28,9 @@ COMMAND = """accelerate launch vembed/entrypoints/train.py \\
     --gradient_checkpointing"""
 """As the specification writes it."""
 
+DISTILLATION = {"teacher_model_name": "openai/clip-vit-large-patch14", "distillation_alpha": 0.5}
+"""Likewise."""
+
 
 @pytest.fixture
 def checkout(tmp_path):
@@ -39,7 +42,8 @@ def checkout(tmp_path):
 
 
 def put_in_folder(checkout: Path) -> dict[str, str]:
-    shutil.copytree(family_path("clip"), checkout / "openai" / "clip-vit-base-patch32")
+    for name in ("clip-vit-base-patch32", "clip-vit-large-patch14"):
+        shutil.copytree(family_path("clip"), checkout / "openai" / name)
     return {}
 
 
@@ -55,11 +59,18 @@ def put_in_cache(checkout: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("put", "less"),
-    [(put_in_cache, ""), (put_in_folder, "--max_steps 1 --holdout_ratio 0")],
-    ids=["hub-cache", "folder"],
+    [
+        (put_in_cache, ""),
+        (
+            put_in_folder,
+            "--max_steps 1 --holdout_ratio 0 --config_override "
+            + " ".join(f"{key}={value}" for key, value in DISTILLATION.items()),
+        ),
+    ],
+    ids=["hub-cache", "folder-and-teacher"],
 )
 def test_the_command_of_the_specification(checkout, put, less):
-    """As it is written; the second time with less to do."""
+    """As it is written; the second time with less to do, and a teacher."""
     program, *arguments = shlex.split(COMMAND.replace("\\\n", "") + f" {less}")
     done = subprocess.run(
         [BIN / program, *arguments],
@@ -78,6 +89,12 @@ def test_the_command_of_the_specification(checkout, put, less):
     assert load_encoder(str(run / "final")).model_type == "clip"
     assert (run / "report" / "report.html").exists() is not bool(less)
     assert "text_model" in done.stderr
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert ("loss_distillation.similarity_kl" in first) is bool(less)
+    if less:
+        assert config.items() >= DISTILLATION.items()
+        halves = 0.5 * first["loss_task"] + 0.5 * first["loss_distillation.similarity_kl"]
+        assert first["loss"] == pytest.approx(halves)
     assert "vision_model frozen" in done.stderr
     for line in ("Traceback", "LOAD REPORT", "[transformers]"):
         assert line not in done.stderr
