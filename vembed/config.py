@@ -437,6 +437,11 @@ class TrainConfig(BaseModel):
     mrl_weights: list[Annotated[Float, Field(gt=0)]] | None = Field(
         None, description="Weights of the losses of mrl_dims, in their order; null: 1 each"
     )
+    mrl_layers: list[Annotated[Int, Field(gt=0)]] | None = Field(
+        None,
+        description="Numbers of the model's first layers that are to be good alone, too, as in "
+        "[2, 4]; null: all layers only",
+    )
     teacher_model_name: str | None = Field(
         None, description="Model to distil from; named like model_name"
     )
@@ -811,7 +816,7 @@ def _composed_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("encoder_mode", given[0]),
             f"two models make a composed encoder, not {config.encoder_mode}. Set auto",
         )
-    for key in ("model_name", "revision", "pooling_method", "keep_layers"):
+    for key in ("model_name", "revision", "pooling_method", "keep_layers", "mrl_layers"):
         if config[key] is not None:
             yield Problem(
                 (key, given[0]), f"is about one model, but {given[0]} names one of two. Remove it"
@@ -864,12 +869,15 @@ def _token_conflicts(config: TrainConfig) -> Iterator[Problem]:
 def _matryoshka_conflicts(config: TrainConfig) -> Iterator[Problem]:
     dims, weights = config.mrl_dims, config.mrl_weights
     if not config.use_mrl:
-        for key in ("mrl_dims", "mrl_weights"):
+        for key in ("mrl_dims", "mrl_weights", "mrl_layers"):
             if config[key] is not None:
                 yield Problem((key, "use_mrl"), "has no use without Matryoshka. Set use_mrl: true")
         return
     if dims is not None and (not dims or len(set(dims)) < len(dims)):
         yield Problem(("mrl_dims",), f"expected different numbers. Received: {dims}")
+    layers = config.mrl_layers
+    if layers is not None and (not layers or len(set(layers)) < len(layers)):
+        yield Problem(("mrl_layers",), f"expected different numbers. Received: {layers}")
     if weights is not None and dims is None:
         yield Problem(("mrl_weights", "mrl_dims"), "says nothing without mrl_dims. Set both")
     elif weights is not None and dims is not None and len(weights) != len(dims):

@@ -208,6 +208,20 @@ def test_a_matryoshka_with_all_that_it_goes_with(make_config, tmp_path, tiny_qwe
     assert not any(group.is_zero for group in scales)
 
 
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_a_matryoshka_of_layers(make_config, tmp_path, family):
+    """With adapters, accumulation, an uneven batch and a teacher of the whole."""
+    config = make_config(
+        family,
+        **NESTED | {"mrl_dims": [8, 32], "mrl_weights": [0.5, 1]},
+        mrl_layers=[1],
+        teacher_model_name=str(tiny_bert(tmp_path / "teacher", hidden_size=16, seed=5)),
+        distillation_loss={"similarity_kl": 1, "embedding": 0.5},
+    )
+    verification = verify(config, AS_CONFIGURED, DROPOUT, ACCUMULATION, UNEVEN, LORA)
+    assert not failures(verification)
+
+
 @pytest.mark.parametrize("loss", ["arcface", "angle"])
 def test_a_matryoshka_of_other_losses(make_config, loss):
     assert not failures(verify(make_config(loss=loss, use_mrl=True), AS_CONFIGURED))

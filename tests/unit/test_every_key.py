@@ -93,6 +93,7 @@ CHANGES = {
     "use_mrl": (True, {}),
     "mrl_dims": ([8], {"use_mrl": True}),
     "mrl_weights": ([0.1, 1], {"use_mrl": True, "mrl_dims": [32, 8]}),
+    "mrl_layers": ([1], {"use_mrl": True}),
     "teacher_model_name": ("<other model>", {}),
     "teacher_dtype": ("bfloat16", {"teacher_model_name": "<other model>"}),
     "teacher_cache": ("nothing there", {"teacher_model_name": "<other model>"}),

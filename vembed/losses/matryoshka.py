@@ -1,6 +1,8 @@
 """Any loss on the first dimensions of the embeddings as well, so that these are good alone.
 
-# Shapes: B queries, D size of the embeddings, d of a prefix
+The same for the embeddings that fewer layers of the encoder give.
+
+# Shapes: B queries, D size of the embeddings, d of a prefix, L numbers of layers, all of them last
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ CUT = ("positive", "negative")
 PART = "mrl."
 """What the name of a dimension's loss begins with, as in `mrl.256`."""
 
+LAYERS_PART = "mrl.layers{layers}."
+"""The same for fewer layers, as in `mrl.layers4.256`."""
+
 _HALVINGS = 4
 _LEAST_DIM = 8
 
@@ -34,6 +39,10 @@ class Matryoshka(nn.Module):
 
         loss = sum_d w_d * criterion(query[:d], positive[:d], ...)
 
+    With `layers`, the sum goes over these numbers of layers too, with weight 1 each and for all of
+    them (2D Matryoshka: Li et al., 2024). Each is what the encoder would give with its first so
+    many layers alone: embeddings come as `[B, L, D]`, the whole encoder's last.
+
     The encoder runs once, and whatever the criterion has learned is shared by all dimensions, a
     temperature among it. Class vectors are cut as the embeddings are (the paper's MRL-E), by a
     criterion whose `forward` takes `prefix_dim`.
@@ -41,11 +50,14 @@ class Matryoshka(nn.Module):
     Vectors of all dimensions have length one, the whole one too, so a criterion that looks at
     lengths (`margin_mse` on dot products) sees cosines here.
 
-    sentence-transformers' MatryoshkaLoss gives the same values.
+    sentence-transformers' MatryoshkaLoss gives the same values. Its AdaptiveLayerLoss and
+    Matryoshka2dLoss do not: they draw layers (and dimensions) at random in each step, take the mean
+    over fewer layers, without a norm that follows the last, and pull their vectors to the last's.
 
     Attributes:
         criterion: The loss that is wrapped.
         weights: By dimension, largest first.
+        layers: Numbers of layers beside all.
     """
 
     takes_tokens = False
@@ -55,6 +67,7 @@ class Matryoshka(nn.Module):
         criterion: Callable[..., Tensor],
         dims: Sequence[int],
         weights: Sequence[float] | None = None,
+        layers: Sequence[int] = (),
     ) -> None:
         """Assign and check.
 
@@ -62,6 +75,7 @@ class Matryoshka(nn.Module):
             criterion: See `vembed.losses.Criterion`.
             dims: Sizes of the prefixes, in any order.
             weights: One for each of `dims`, in their order; None: 1.
+            layers: What embeddings bring of fewer layers, in their order.
 
         Raises:
             ConfigError: if dimensions or weights are out of range or do not fit each other, or the
@@ -72,6 +86,7 @@ class Matryoshka(nn.Module):
         _check_criterion(criterion)
         self.criterion = criterion
         self.weights = weigh_dims(dims, weights)
+        self.layers = tuple(layers)
         self.required_fields = frozenset(getattr(criterion, "required_fields", ()))
 
     def clamp(self) -> None:
@@ -80,22 +95,35 @@ class Matryoshka(nn.Module):
         if clamp is not None:
             clamp()
 
-    def each(self, query: Tensor, rows: Mapping[str, Any]) -> dict[int, Tensor]:
-        """The loss of each dimension, without its weight. Collective if the criterion is.
+    @property
+    def total_weight(self) -> float:
+        """Of all losses that are added up."""
+        return sum(self.weights.values()) * (1 + len(self.layers))
+
+    def each(self, query: Tensor, rows: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The loss of each dimension by name, without its weight. Collective if the criterion is.
 
         Args:
-            query: `[B, D]`.
+            query: `[B, D]`; with `layers` `[B, L, D]`, and so are other embeddings.
             rows: Other embeddings and what the batch says of them, by the names that a criterion
                 has for them; it gets what its signature names.
 
         Raises:
             ConfigError: if a dimension is larger than D, or embeddings are token vectors.
         """
-        if query.dim() != 2 or query.shape[1] < next(iter(self.weights)):
-            raise ConfigError(
-                f"mrl_dims: expected one vector of at least {next(iter(self.weights))} numbers for "
-                f"each item. Received: embeddings of shape {list(query.shape)}"
-            )
+        self._check_shape(query)
+        if not self.layers:
+            return {f"{PART}{dim}": loss for dim, loss in self.of_dims(query, rows).items()}
+        losses = {}
+        # The whole encoder first, as the largest dimension is.
+        for number, prefix in reversed(list(enumerate(self._parts()))):
+            documents = {r: rows[r][:, number] for r in CUT if rows.get(r) is not None}
+            for dim, loss in self.of_dims(query[:, number], {**rows, **documents}).items():
+                losses[f"{prefix}{dim}"] = loss
+        return losses
+
+    def of_dims(self, query: Tensor, rows: Mapping[str, Any]) -> dict[int, Tensor]:
+        """The loss of each dimension of `[B, D]`, as `each` says."""
         signature = getattr(self.criterion, "forward", self.criterion)
         wanted = accepted_arguments(signature, {k: v for k, v in rows.items() if k != "query"})
         # Widened before they are cut: gradients of all dimensions add up in the wider type.
@@ -112,10 +140,29 @@ class Matryoshka(nn.Module):
             )
         return losses
 
-    def weighted_sum(self, losses: Mapping[int, Tensor]) -> Tensor:
+    def weighted_sum(self, losses: Mapping[str, Tensor]) -> Tensor:
         """Of what `each` gave."""
-        total: Tensor = sum(self.weights[dim] * loss for dim, loss in losses.items())  # type: ignore[assignment]
+        weights = {f"{part}{dim}": w for part in self._parts() for dim, w in self.weights.items()}
+        total: Tensor = sum(weights[name] * loss for name, loss in losses.items())  # type: ignore[assignment]
         return total
+
+    def whole(self, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings by role, `[n, D]`: of fewer layers, nothing."""
+        return {r: e[:, -1] if self.layers else e for r, e in embeddings.items()}
+
+    def _parts(self) -> list[str]:
+        """What the names of losses begin with, in the order of the embeddings."""
+        return [*(LAYERS_PART.format(layers=count) for count in self.layers), PART]
+
+    def _check_shape(self, query: Tensor) -> None:
+        largest = next(iter(self.weights))
+        levels = (1 + len(self.layers),) if self.layers else ()
+        if query.shape[1:-1] != levels or query.shape[-1] < largest:
+            raise ConfigError(
+                f"mrl_dims: expected one vector of at least {largest} numbers for each item"
+                + (f" and of {levels[0]} numbers of layers" if levels else "")
+                + f". Received: embeddings of shape {list(query.shape)}"
+            )
 
     def forward(self, query: Tensor, **rows: Any) -> Tensor:
         """The weighted sum over dimensions; see `each`."""
@@ -125,6 +172,16 @@ class Matryoshka(nn.Module):
 def innermost(criterion: Any) -> Any:
     """The loss itself, of one that may be wrapped; all that is learned is in it."""
     return criterion.criterion if isinstance(criterion, Matryoshka) else criterion
+
+
+def whole_embeddings(criterion: Any, embeddings: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`[n, D]` by role, of those that a criterion compares, which may be of several layers too."""
+    return criterion.whole(embeddings) if isinstance(criterion, Matryoshka) else dict(embeddings)
+
+
+def layers_of(criterion: Any) -> tuple[int, ...]:
+    """Numbers of layers that a criterion wants embeddings of, beside those of all."""
+    return criterion.layers if isinstance(criterion, Matryoshka) else ()
 
 
 def weigh_dims(dims: Sequence[int], weights: Sequence[float] | None = None) -> dict[int, float]:

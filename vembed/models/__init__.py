@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from vembed.models.protocol import Encoder
 
-__all__ = ["ENCODERS", "compose_encoder", "load_encoder", "resolve_model_path"]
+__all__ = ["ENCODERS", "check_layers", "compose_encoder", "load_encoder", "resolve_model_path"]
 
 ENCODERS = {
     "text": "vembed.models.text:load_text_encoder",
@@ -108,6 +108,26 @@ def load_encoder(
 
     check_encoder(encoder, name=f"encoder_mode {named}")
     return encoder
+
+
+def check_layers(encoder: Encoder, layers: Sequence[int]) -> None:
+    """Check that an encoder can give, in one forward pass, what its first layers alone would.
+
+    Args:
+        encoder: The model.
+        layers: Numbers of layers, each less than it has.
+
+    Raises:
+        ConfigError: if it has not one stack of that many layers, or is no encoder of vembed's own.
+    """
+    from vembed.models.pooled import PooledEncoder
+
+    if not isinstance(encoder, PooledEncoder):
+        raise ConfigError(
+            "mrl_layers: needs a model of texts or of images with one stack of layers. Received: "
+            f"{type(encoder).__name__}. Leave it unset"
+        )
+    encoder.check_layers(layers)
 
 
 def compose_encoder(

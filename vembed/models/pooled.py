@@ -22,6 +22,7 @@ from vembed.models.checkpoint_format import (
     CheckpointSettings,
     write_settings,
 )
+from vembed.models.layers import LayerTap, check_layer_counts
 from vembed.models.options import GIVEN, Choice
 from vembed.models.pooling import keep_tokens, pool
 from vembed.models.projection import Projection, apply_projections, save_projections
@@ -82,13 +83,21 @@ class PooledEncoder(Encoder):
         self._image_modules = tuple(image_modules)
         self._add_inputs = add_inputs
 
-    def forward(self, *, normalize: bool | None = None, **inputs: Tensor) -> Tensor:
+    def forward(  # type: ignore[override] # no input of a model is called `layers`
+        self,
+        *,
+        normalize: bool | None = None,
+        layers: Sequence[int] = (),
+        **inputs: Tensor,
+    ) -> Tensor:
         """Embeddings `[B, D]`, float32 or wider; with pooling `none`, token vectors `[B, T, D]`.
 
         Every real token is kept: words, special tokens, prompts and chat templates, patches.
 
         Args:
             normalize: Unit length or not; None takes the encoder's own.
+            layers: Numbers of layers: the result is `[B, L + 1, D]`, what a model of the first so
+                many would give, then the embedding. See `check_layers`.
             inputs: What the processor makes. Without `attention_mask` `[B, T]` every token counts.
 
         Raises:
@@ -99,16 +108,35 @@ class PooledEncoder(Encoder):
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(_weight_type(self.backbone))
         added = self._add_inputs(inputs) if self._add_inputs is not None else {}
+        if layers:
+            return self._embed_layers(inputs | added, layers, unit)
         output = self.backbone(**inputs, **added)
         if self.pooling_method == OWN_POOLING:
             return self._finish(output.pooler_output, unit)
         hidden_BTH = output.last_hidden_state
-        mask_BT = inputs.get("attention_mask")
-        if mask_BT is None:
-            mask_BT = torch.ones(hidden_BTH.shape[:2], device=hidden_BTH.device)
+        mask_BT = _mask_of(inputs, hidden_BTH)
         if self.pooling_method == NO_POOLING:
             return keep_tokens(self._finish(hidden_BTH, unit), mask_BT)
         return self._finish(pool(self.pooling_method, hidden_BTH, mask_BT), unit)
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raise ConfigError unless `forward` can give what fewer layers would."""
+        if self.pooling_method in (NO_POOLING, OWN_POOLING) or len(self.modalities) > 1:
+            raise ConfigError(
+                "mrl_layers: needs a model of texts or of images whose tokens are pooled to one "
+                f"vector. Received: one of {'/'.join(sorted(self.modalities))} with "
+                f"pooling_method {self.pooling_method}"
+            )
+        check_layer_counts(self.backbone, layers)
+
+    def _embed_layers(self, inputs: dict[str, Tensor], layers: Sequence[int], unit: bool) -> Tensor:
+        tap = LayerTap(self.backbone, layers)
+        with tap.attached():
+            last_BTH = self.backbone(**inputs).last_hidden_state
+        mask_BT = _mask_of(inputs, last_BTH)
+        states = [*(tap.hidden(count, last_BTH) for count in layers), last_BTH]
+        pooled = [self._finish(pool(self.pooling_method, s, mask_BT), unit) for s in states]
+        return torch.stack(pooled, dim=1)
 
     def _finish(self, vectors: Tensor, unit: bool) -> Tensor:
         projected = apply_projections(self.projections, vectors)
@@ -194,6 +222,13 @@ def check_token_rules(pooling: Choice, stored: CheckpointSettings) -> None:
             f"pooling_method: none to use it without them, with all tokens of every text"
         )
     logger.warning("%s: not followed by vembed: %s; all tokens count", where, rules)
+
+
+def _mask_of(inputs: Mapping[str, Tensor], hidden_BTH: Tensor) -> Tensor:
+    mask_BT = inputs.get("attention_mask")
+    if mask_BT is None:
+        return torch.ones(hidden_BTH.shape[:2], device=hidden_BTH.device)
+    return mask_BT
 
 
 def _weight_type(backbone: nn.Module) -> torch.dtype:

@@ -7,7 +7,7 @@ A batch is one flat dict. Keys that start with `query_`, `positive_` (or `pos_`)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -166,6 +166,11 @@ def maybe_first(model_output: Any) -> Tensor:
         "expected the model to return embeddings [B, D], or a tuple that starts with them. "
         f"Received: {type(model_output).__name__}"
     )
+
+
+def embed(encoder: Callable[..., Any], inputs: Inputs, layers: Sequence[int] = ()) -> Tensor:
+    """Embeddings `[n, D]` of model inputs; with `layers` `[n, L + 1, D]`, see `PooledEncoder`."""
+    return maybe_first(encoder(**inputs, layers=layers) if layers else encoder(**inputs))
 
 
 def _unpack(batch: Mapping[str, Any], role: str, modality: str) -> Inputs:

@@ -22,10 +22,11 @@ from vembed.distributed import (
 )
 from vembed.evaluation import EvalTask
 from vembed.inference import encode_items
+from vembed.losses.matryoshka import layers_of
 from vembed.modes import Item
 from vembed.token_vectors import TokenVectors, Vectors
 from vembed.training.data_utils import (
-    maybe_first,
+    embed,
     own_rows,
     row_lengths,
     unpack_extras,
@@ -132,7 +133,7 @@ class Evaluator:
             placed = send_to_device(batch, device)
             inputs = unpack_roles(placed, self.retrieval_mode)
             embeddings = cache.embed(
-                encode=lambda inputs: maybe_first(encoder(**inputs)),
+                encode=lambda inputs: embed(encoder, inputs, layers_of(self._objective.criterion)),
                 inputs=inputs,
                 lengths=row_lengths(placed, inputs),
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vembed.errors import ConfigError
 from vembed.losses.distillation.weighted import Term, WeightedDistillation
-from vembed.losses.matryoshka import PART, Matryoshka
+from vembed.losses.matryoshka import Matryoshka, whole_embeddings
 from vembed.registry import accepted_arguments
 
 Embeddings = dict[str, Tensor]
@@ -75,7 +75,8 @@ class Objective:
         """The loss of these embeddings.
 
         Args:
-            student: Embeddings by role, with gradient.
+            student: Embeddings by role, with gradient. A Matryoshka of layers gets those of each
+                number of layers; distillation looks at the whole.
             extras: What the batch says about its rows: ids, counts, labels, scores.
             teacher: The teacher's embeddings by role, of all of them or some. A distillation term
                 needs them, or the `teacher_scores` of the rows.
@@ -89,7 +90,8 @@ class Objective:
                 "teacher_scores. Give a teacher_model, or rows that say what the teacher said"
             )
         terms = {"task": task}
-        for name, value in self._distillation.each(student, teacher or {}, extras).items():
+        whole = whole_embeddings(self.criterion, student)
+        for name, value in self._distillation.each(whole, teacher or {}, extras).items():
             # As for the task: a mean over no rows counts for nothing.
             terms[name] = value if len(student["query"]) else value.nan_to_num()
         share = 1 - self.alpha
@@ -112,7 +114,7 @@ class Objective:
         if isinstance(criterion, Matryoshka):
             losses = criterion.each(query, offered)
             loss = criterion.weighted_sum(losses)
-            by_dim = {f"{PART}{dim}": of_dim.detach() for dim, of_dim in losses.items()}
+            by_dim = {name: of_dim.detach() for name, of_dim in losses.items()}
         else:
             loss = criterion(query, **accepted_arguments(_signature_of(criterion), offered))
         if len(query):

@@ -31,7 +31,7 @@ from vembed.losses import (
     missing_fields,
 )
 from vembed.losses.matryoshka import Matryoshka, complete_dims, innermost
-from vembed.models import load_encoder
+from vembed.models import check_layers, load_encoder
 from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode, all_modes
@@ -312,7 +312,10 @@ def build_matryoshka(config: TrainConfig, encoder: Encoder, criterion: Criterion
             "mrl_dims lacks the whole size of the vectors, %d: it is trained too, with weight 1",
             encoder.embedding_dim,
         )
-    return Matryoshka(criterion, [*weights], [*weights.values()])
+    layers = config.mrl_layers or []
+    if layers:
+        check_layers(encoder, layers)
+    return Matryoshka(criterion, [*weights], [*weights.values()], layers)
 
 
 def at_dimensions(task: EvalTask, encoder: Encoder, config: TrainConfig) -> EvalTask:

@@ -21,9 +21,11 @@ from vembed.config import TrainConfig
 from vembed.data import RecordLoader
 from vembed.distributed import reduce_gradients
 from vembed.errors import ConfigError
+from vembed.losses.matryoshka import layers_of
 from vembed.training.adapter_gate import AdapterWatch, Probe
 from vembed.training.data_utils import (
     Inputs,
+    embed,
     maybe_first,
     own_rows,
     row_lengths,
@@ -341,11 +343,14 @@ class Trainer:
         return unpack_extras(batch) | ({} if self.guide is None else self.guide.embed(batch))
 
     def _embed(self, inputs: Inputs) -> Tensor:
-        """Model inputs of n rows to embeddings [n, D]: the one place that calls the encoder."""
+        """Model inputs of n rows to embeddings [n, D]: the one place that calls the encoder.
+
+        Of a criterion that compares fewer layers too, [n, L, D].
+        """
         # Without the DDP wrapper: it would expect every forward to be followed by a reduction.
         wrapped = self._reduces_in_backward
         encoder = self.model if wrapped else self.accelerator.unwrap_model(self.model)
-        return maybe_first(encoder(**inputs))
+        return embed(encoder, inputs, layers_of(self.criterion))
 
     @torch.no_grad()
     def _teacher_embeddings(self, cache: GradientCache, batch: Batch) -> Embeddings | None:

@@ -73,7 +73,7 @@ class _WeightsLeftBehind(Matryoshka):
 class _NotRescaled(Matryoshka):
     """Prefixes as they are cut, for a loss that looks at lengths."""
 
-    def each(self, query, rows):
+    def of_dims(self, query, rows):
         positive = rows["positive"]
         return {d: self.criterion(query[:, :d], positive[:, :d]) for d in self.weights}
 
@@ -145,6 +145,35 @@ def test_each_dimension_is_a_part_of_the_task():
     torch.testing.assert_close(both.total, 0.25 * loss.total + 0.75 * both.parts["distillation"])
 
 
+def test_layers_are_parts_of_the_task_as_dimensions_are():
+    """Each as the loss of the embeddings of that layer; the distillation sees the whole."""
+    batch = make_rich(0)
+    whole = {role: batch.pop(role) for role in ("query", "positive", "negative")}
+    generator = torch.Generator().manual_seed(1)
+    early = {r: torch.randn(e.shape, generator=generator).to(e) for r, e in whole.items()}
+    student = {role: torch.stack([early[role], whole[role]], dim=1) for role in whole}
+    inner = build_criterion("infonce", bidirectional=True)
+    criterion = Matryoshka(inner, (2, 5), (3.0, 1.0), layers=(4,))
+    loss = Objective(criterion)(student, batch)
+    alone = {"": whole, "layers4.": early}
+    expected = {
+        f"mrl.{name}{part.removeprefix('mrl.')}": value
+        for name, embeddings in alone.items()
+        for part, value in Objective(Matryoshka(inner, (2, 5)))(embeddings, batch).parts.items()
+        if part != "task"
+    }
+    assert list(loss.parts) == ["task", "mrl.5", "mrl.2", "mrl.layers4.5", "mrl.layers4.2"]
+    for name, value in expected.items():
+        torch.testing.assert_close(loss.parts[name], value)
+    total = sum((3 if name.endswith("2") else 1) * value for name, value in expected.items())
+    torch.testing.assert_close(loss.total, total)
+    assert criterion.total_weight == 8
+    seen = []
+    taught = Objective(criterion, lambda student, teacher: seen.append(student) or 0 * loss.total)
+    taught(student, batch, teacher={"query": whole["query"]})
+    assert all(torch.equal(seen[0][role], whole[role]) for role in whole)
+
+
 def test_class_vectors_are_cut_as_the_items_are():
     criterion = build_criterion("arcface", num_classes=8, embedding_dim=5).double()
     batch = make_labelled(0)
@@ -175,6 +204,8 @@ class _OneSize(nn.Module):
         (lambda: Matryoshka(_dot, (2,), (0,)), "mrl_weights"),
         (lambda: Matryoshka(_dot, (9,))(torch.ones(2, 5), positive=torch.ones(2, 5)), r"\[2, 5\]"),
         (lambda: Matryoshka(_dot, (2,))(torch.ones(2, 3, 5)), r"\[2, 3, 5\]"),
+        (lambda: Matryoshka(_dot, (2,), layers=(1,))(torch.ones(2, 5)), r"2 numbers of layers"),
+        (lambda: Matryoshka(_dot, (2,), layers=(1,))(torch.ones(2, 3, 5)), r"\[2, 3, 5\]"),
         (lambda: complete_dims([64], None, embedding_dim=32), "32 numbers. Received: 64"),
     ],
 )

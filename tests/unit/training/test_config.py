@@ -82,6 +82,7 @@ OTHER = {
     "use_mrl": ("true", True),
     "mrl_dims": ("[16, 8]", [16, 8]),
     "mrl_weights": ("[1, 0.5]", [1.0, 0.5]),
+    "mrl_layers": ("[2, 4]", [2, 4]),
     "teacher_model_name": ("t", "t"),
     "teacher_revision": ("1e5", "1e5"),
     "teacher_dtype": ("bfloat16", "bfloat16"),
@@ -161,6 +162,7 @@ NEEDS = {
     "distillation_kwargs": {"teacher_model_name": "t"},
     "mrl_dims": {"use_mrl": "true"},
     "mrl_weights": {"use_mrl": "true", "mrl_dims": "[2, 1]"},
+    "mrl_layers": {"use_mrl": "true"},
     "eval_steps": {"val_data_path": "v"},
     "metric_for_best": {"val_data_path": "v"},
 }

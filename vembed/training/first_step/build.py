@@ -126,8 +126,8 @@ def find_temperature(criterion: Callable[..., Tensor]) -> Temperature | None:
 def _name_of(criterion: Callable[..., Tensor]) -> str:
     if not isinstance(criterion, Matryoshka):
         return type(criterion).__name__
-    weights = sum(criterion.weights.values())
-    return f"Matryoshka of {type(criterion.criterion).__name__} (weights add up to {weights:g})"
+    name = type(criterion.criterion).__name__
+    return f"Matryoshka of {name} (weights add up to {criterion.total_weight:g})"
 
 
 def _mean_loss(loss: StepLoss, name: str) -> Loss:
@@ -145,7 +145,7 @@ def _look_at_candidates(
         found = _look_at_candidates(batch, criterion.criterion, temperature)
         if found is None or found.chance is None:
             return found
-        return replace(found, chance=found.chance * sum(criterion.weights.values()))
+        return replace(found, chance=found.chance * criterion.total_weight)
     if not isinstance(criterion, InfoNCE | PairwiseSigmoid) or criterion.guided:
         return None
     softmax = isinstance(criterion, InfoNCE) and temperature is not None

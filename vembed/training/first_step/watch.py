@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vembed.losses.distillation.score import ScoreDistillation
 from vembed.losses.distillation.weighted import WeightedDistillation
+from vembed.losses.matryoshka import whole_embeddings
 from vembed.training.first_step.advice import advise
 from vembed.training.first_step.build import FirstBatch, build_report
 from vembed.training.first_step.encoding import (
@@ -102,7 +103,8 @@ class FirstStepWatch:
 
     def _see_inputs(self, _: nn.Module, args: tuple[Any, ...], inputs: Mapping[str, Any]) -> None:
         if self._micro_batches == 0 and not args:
-            self._forwards.append(Forward.of(inputs))
+            tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+            self._forwards.append(Forward.of(tensors))
 
     def _see_batch(
         self, student: Embeddings, extras: Mapping[str, Any], teacher: Embeddings | None,
@@ -110,7 +112,8 @@ class FirstStepWatch:
     ) -> None:  # fmt: skip
         self._micro_batches += 1
         if self._batch is None:
-            detached = {role: embeddings.detach() for role, embeddings in student.items()}
+            whole = whole_embeddings(self._trainer.criterion, student)
+            detached = {role: embeddings.detach() for role, embeddings in whole.items()}
             loss = StepLoss(loss.total.detach(), loss.parts, loss.weights)
             self._batch = FirstBatch(detached, extras, teacher, loss)
 

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from vembed.chunking import take_rows
-from vembed.losses.matryoshka import innermost
+from vembed.losses.matryoshka import innermost, layers_of
 from vembed.token_vectors import cat_items, pad_tokens
 from vembed.training.data_utils import (
     ROLES,
     Inputs,
+    embed,
     maybe_first,
     own_rows,
     row_lengths,
@@ -160,7 +161,8 @@ def _said(trainer: Trainer, batch: Batch) -> Embeddings:
 
 
 def _embed(trainer: Trainer, inputs: Inputs) -> Tensor:
-    return maybe_first(trainer.accelerator.unwrap_model(trainer.model)(**inputs))
+    encoder = trainer.accelerator.unwrap_model(trainer.model)
+    return embed(encoder, inputs, layers_of(trainer.criterion))
 
 
 @torch.no_grad()
