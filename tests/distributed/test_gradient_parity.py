@@ -64,6 +64,13 @@ def test_a_matryoshka(verify, tmp_path):
     assert not failures(verification)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_matryoshka_of_layers(verify, strategy):
+    settings = {"mrl_layers": [1], "distributed_strategy": strategy}
+    verification = verify(AS_CONFIGURED, UNEVEN, LORA, **NESTED, **settings)
+    assert not failures(verification)
+
+
 @pytest.mark.parametrize("loss", DISTINCT)
 def test_every_loss(verify, loss):
     verification = verify(AS_CONFIGURED, UNEVEN, loss=loss)
