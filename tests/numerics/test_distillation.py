@@ -194,6 +194,19 @@ def test_mse_is_that_of_sentence_transformers():
     assert abs(value - theirs) <= 1e-6
 
 
+@pytest.mark.parametrize(("distance", "theirs"), [("cosine", "cosine"), ("mse", "mse")])
+def test_embeddings_of_all_roles_are_those_of_sentence_transformers(distance, theirs):
+    """Theirs is the mean over columns, here equally long, ours over rows."""
+    student, teacher = make_pairs(0), make_pairs(1)
+    roles = ("query", "positive")
+    loss = st_losses.EmbedDistillLoss(_Given(), distance_metric=theirs)
+    taught = torch.stack([teacher[role] for role in roles], dim=1)
+    expected = loss(features(*(student[role] for role in roles)), taught)
+    ours = build_distillation_loss("embedding", distance=distance)
+    value = ours({r: student[r] for r in roles}, {r: teacher[r] for r in roles})
+    assert abs(value - expected) <= 1e-6
+
+
 def test_score_kl_is_that_of_sentence_transformers():
     batch = triplets()
     rows = [batch["query"], batch["positive"], batch["negative"]]

@@ -8,6 +8,11 @@ from functools import partial
 
 import pytest
 import torch
+from sentence_transformers.base.losses.merged_forward import column_merging_disabled
+from sentence_transformers.multi_vector_encoder.losses import (
+    MultiVectorMultipleNegativesRankingLoss,
+)
+from sentence_transformers.multi_vector_encoder.scoring import colbert_scores, mean_colbert_scores
 from sentence_transformers.sentence_transformer import losses as st_losses
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -516,6 +521,50 @@ def test_margin_mse_is_that_of_sentence_transformers(negatives):
     loss, grads = _st_loss(st_losses.MarginMSELoss, [*rows.values(), *columns], scores)
     batch = rows | {"negative": columns.transpose(0, 1).reshape(-1, 5), "teacher_scores": scores}
     _agrees(evaluate(build_criterion("margin_mse"), batch), (loss, grads[:2]), rows)
+
+
+class _Tokens(nn.Module):
+    """A multi-vector model of sentence-transformers' kind, whose features are its embeddings."""
+
+    def forward(self, features, task=None):
+        tokens = features["tokens"]
+        return {"token_embeddings": tokens, "attention_mask": (tokens != 0).any(-1)}
+
+
+@pytest.mark.parametrize(
+    ("ours", "scale", "scores"),
+    [({"normalize_scores": False}, 1.0, colbert_scores), ({}, 20.0, mean_colbert_scores)],
+)
+def test_maxsim_is_that_of_sentence_transformers(ours, scale, scores):
+    """Two hard negatives of each query, which theirs takes as columns; items of other lengths."""
+    generator = torch.Generator().manual_seed(0)
+    columns = nn.functional.normalize(
+        torch.randn(4, 6, 3, 5, dtype=torch.float64, generator=generator), dim=-1
+    )
+    columns[:, ::2, 2] = 0
+    leaves = [column.clone().requires_grad_() for column in columns]
+    with column_merging_disabled():
+        loss = MultiVectorMultipleNegativesRankingLoss(
+            _Tokens(), scale=scale, similarity_fct=scores
+        )([{"tokens": leaf} for leaf in leaves])
+    grads = torch.autograd.grad(loss, leaves)
+    rows = {
+        "query": columns[0],
+        "positive": columns[1],
+        "negative": columns[2:].transpose(0, 1).reshape(12, 3, 5),
+    }
+    outcome = evaluate(build_criterion("maxsim", temperature=1 / scale, **ours), rows)
+    negative = torch.stack(grads[2:], dim=1).reshape(12, 3, 5)
+    # Padding gets a gradient in neither, but the length of a token does in theirs: it is given.
+    theirs = [
+        _along(grad, rows[role]) for grad, role in zip([*grads[:2], negative], rows, strict=True)
+    ]
+    _agrees(outcome, (loss.double(), theirs), rows)  # it adds tokens up in float32
+
+
+def _along(grad, tokens):
+    """A gradient without the part that would change the length of unit vectors."""
+    return grad - (grad * tokens).sum(-1, keepdim=True) * tokens
 
 
 # --- definitions that a reference alone could share a mistake with

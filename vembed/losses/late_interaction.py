@@ -11,7 +11,7 @@ from vembed.losses.tiling import TileSize
 
 
 class MaxSimInfoNCE(InfoNCE):
-    r"""InfoNCE with MaxSim in the place of the cosine (ColBERT; ColPali, Faysse et al., 2024).
+    r"""InfoNCE with MaxSim in the place of the cosine (Khattab and Zaharia, 2020, ColBERT).
 
         s(q, d) = 1 / (|q| temperature) sum_{i in q} max_{j in d} cos(q_i, d_j)
 
@@ -19,6 +19,9 @@ class MaxSimInfoNCE(InfoNCE):
     of all processes, several positives, masked copies, margins, both directions, own hard
     negatives, hardness, a guide, tiles; but MaxSim is not symmetric, so queries are not compared
     with queries, nor documents with documents.
+
+    sentence-transformers' MultiVectorMultipleNegativesRankingLoss is the same on rows that share no
+    content, with `mean_colbert_scores`, or with `colbert_scores` where `normalize_scores` is off.
 
     It takes token vectors `[B, T, D]`, `[M, T, D]` and `[K, T, D]`; rows of zeros are padding and
     count on neither side.

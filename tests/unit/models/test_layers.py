@@ -81,8 +81,8 @@ def test_layers_beside_the_whole_are_those_of_a_model_that_has_no_more(
     torch.manual_seed(1)
     made = load_encoder(str(path), projection_dim=projection)
     with torch.no_grad():  # a norm of ones would leave directions as they are
-        for parameter in made.backbone.parameters():
-            parameter += 0.3 * torch.randn_like(parameter) * (parameter.ndim == 1)
+        for weight in (p for p in made.backbone.parameters() if p.ndim == 1):
+            weight.add_(torch.randn_like(weight), alpha=0.3)
     made.save_pretrained(path := tmp_path / "whole")
     pooling = {"pooling_method": "cls"} if family == "vit" else {}
     whole = load_encoder(str(path), **pooling)

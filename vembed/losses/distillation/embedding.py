@@ -27,6 +27,8 @@ class EmbeddingDistillation(nn.Module):
         cosine:  loss = mean_x( 1 - cos(P s(x), t(x)) )
         mse:     loss = mean_x( |P s(x) - t(x)|^2 / size of t )   (Reimers and Gurevych, 2020)
 
+    sentence-transformers' EmbedDistillLoss is the same where all roles have equally many rows.
+
     P is the identity where both have vectors of one size; otherwise a matrix that is trained with
     the student (as in Jiao et al., 2020, TinyBERT). It belongs to the training: the saved model
     does not have it.
