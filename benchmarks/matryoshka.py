@@ -1,8 +1,10 @@
 """Truncate two fine-tuned all-MiniLM-L6-v2, one trained with use_mrl, and print rows of RESULTS.md.
 
-The data is that of `make quickstart`; both runs have the same rows, steps and seed.
+The data is that of `make quickstart`; both runs have the same rows, steps and seed. With `--layers`
+it is fewer layers that are trained and measured, instead of shorter vectors.
 
     python benchmarks/matryoshka.py --data quickstart/data
+    python benchmarks/matryoshka.py --data quickstart/data --layers 2 4
 """
 
 from __future__ import annotations
@@ -32,17 +34,33 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/matryoshka"))
     parser.add_argument("--rows", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--layers", type=int, nargs="*", default=[])
     arguments = parser.parse_args()
-    plain = measure(train(arguments, "plain"), arguments)
-    nested = measure(train(arguments, "nested", use_mrl=True, mrl_dims=list(DIMS)), arguments)
-    untrained = measure(MODEL, arguments)
+    plain = train(arguments, "plain")
+    if arguments.layers:
+        settings = {"use_mrl": True, "mrl_dims": [DIMS[0]], "mrl_layers": arguments.layers}
+        models = [MODEL, plain, train(arguments, "layers", **settings)]
+        for count in [None, *arguments.layers]:
+            keep = None if count is None else list(range(count))
+            print("all layers" if count is None else f"{count} layers")
+            report(*(measure(model, arguments, [], keep_layers=keep) for model in models))
+        return
+    models = [MODEL, plain, train(arguments, "nested", use_mrl=True, mrl_dims=list(DIMS))]
+    reductions = [Reduction(dim) for dim in DIMS[1:]]
+    reductions += [Reduction(None, "int8"), Reduction(None, "binary"), Reduction(96, "int8")]
+    report(*(measure(model, arguments, reductions) for model in models))
+
+
+def report(untrained: EvalResult, plain: EvalResult, nested: EvalResult) -> None:
+    """Print a row for each metric."""
     for change in compare(plain, nested):
         print(
             f"| {change.metric} | {untrained.metrics[change.metric]:.4f} "
             f"| {change.before:.4f} ({change.before_low:.3f} to {change.before_high:.3f}) "
             f"| {change.after:.4f} ({change.after_low:.3f} to {change.after_high:.3f}) "
             f"| {change.difference:+.4f} "
-            f"({change.difference_low:+.3f} to {change.difference_high:+.3f}) |"
+            f"({change.difference_low:+.3f} to {change.difference_high:+.3f}) |",
+            flush=True,
         )
 
 
@@ -67,12 +85,12 @@ def train(arguments: argparse.Namespace, name: str, **settings: Any) -> str:
     return str(run.model_path)
 
 
-def measure(model: str, arguments: argparse.Namespace) -> EvalResult:
-    """Retrieval with whole, truncated and quantised vectors."""
-    reductions = [Reduction(dim) for dim in DIMS[1:]]
-    reductions += [Reduction(None, "int8"), Reduction(None, "binary"), Reduction(96, "int8")]
+def measure(
+    model: str, arguments: argparse.Namespace, reductions: list[Reduction], **options: Any
+) -> EvalResult:
+    """Retrieval with whole vectors, and with what `reductions` make of them."""
     task = ReducedTask(load_eval_task(arguments.data / "test"), reductions)
-    predictor = Predictor(model, max_seq_length=96)
+    predictor = Predictor(model, max_seq_length=96, **options)
     return task.evaluate(predictor.encode_items)
 
 
