@@ -12,6 +12,7 @@ from vembed.images import as_image_source
 from vembed.models import check_layers, load_encoder
 from vembed.models.layers import _chosen
 from vembed.modes import Item
+from vembed.training.model_builder import build_model
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,21 @@ def test_layers_beside_the_whole_are_those_of_a_model_that_has_no_more(
         torch.testing.assert_close(vectors[:, number], embed(alone, item), rtol=0, atol=1e-6)
     assert (vectors[:, 0] - vectors[:, 2]).abs().max() > 1e-3
     torch.testing.assert_close(embed(whole, item), vectors[:, 2])  # nothing stays attached
+
+
+@pytest.mark.parametrize("family", ["bert", "qwen3"])
+def test_layers_beside_the_whole_with_recomputed_activations(family, tmp_path):
+    path = FAMILIES[family](tmp_path / "whole", num_hidden_layers=3)
+    gradients = []
+    for recompute in (False, True):
+        encoder = build_model({"model_name": str(path), "gradient_checkpointing": recompute})
+        encoder.train()
+        torch.manual_seed(0)
+        vectors = embed(encoder, Item("a red apple"), layers=[1, 2])
+        (vectors * torch.arange(vectors.numel()).view_as(vectors)).sum().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+    for expected, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, expected)
 
 
 def test_what_follows_the_layers_is_no_guess(tmp_path):

@@ -18,6 +18,7 @@ from vembed.evaluation import load_eval_task
 from vembed.inference import Predictor
 from vembed.losses import LOSSES, build_criterion
 from vembed.losses.proxies import ArcFace
+from vembed.modes import Item
 from vembed.registry import resolve
 from vembed.training.loss_files import load_losses
 from vembed.training.run import choose_batch_sampler, run_training
@@ -236,6 +237,38 @@ def test_a_matryoshka_is_trained_logged_and_measured_by_dimension(run, tmp_path)
     assert "nDCG@10 [8]" in (result.model_path.parent / "report" / "report.html").read_text()
 
 
+def test_a_matryoshka_of_layers_is_trained_logged_and_validated(run, tmp_path, model, caplog):
+    """The loss of a layer is that of a model which has no more."""
+    write_rows(tmp_path / "test.jsonl", PAIR_ROWS[:6])
+    with caplog.at_level(logging.INFO, logger="vembed"):
+        result = run(
+            PAIR_ROWS[:6],
+            use_mrl=True,
+            mrl_dims=[32],
+            mrl_layers=[1],
+            lr=1e-9,
+            dropout=0,
+            val_data_path=str(tmp_path / "test.jsonl"),
+        )
+    (first, *_), validated = (
+        [n for n in _lines(result) if key in n] for key in ("loss", "val_loss")
+    )
+    predictor = Predictor(model, device="cpu", keep_layers=[0])
+    sides = (predictor.encode_items(load_side(side), side) for side in ("query", "document"))
+    vectors = [torch.from_numpy(side) for side in sides]
+    alone = build_criterion("infonce")(vectors[0], positive=vectors[1])
+    assert first["loss_mrl.layers1.32"] == pytest.approx(float(alone), abs=1e-4)
+    assert first["loss_task"] == pytest.approx(first["loss_mrl.32"] + first["loss_mrl.layers1.32"])
+    assert validated[-1]["val_loss"] == pytest.approx(first["loss_task"], abs=1e-4)
+    (line,) = [m for m in caplog.messages if m.startswith("loss ")]
+    assert "weights add up to 2)" in line
+    assert "at chance 3.58" in line  # twice ln 6
+
+
+def load_side(side):
+    return [Item(row["query" if side == "query" else "positive"]) for row in PAIR_ROWS[:6]]
+
+
 def test_the_first_step_tells_of_a_matryoshka(run, caplog):
     with caplog.at_level(logging.INFO, logger="vembed"):
         run(PAIR_ROWS, use_mrl=True, mrl_dims=[8, 16])
@@ -263,6 +296,9 @@ def test_class_vectors_of_a_matryoshka_are_kept_as_without(run, tmp_path, loss_t
     [
         ({"mrl_dims": [8]}, "mrl_dims: has no use without Matryoshka"),
         ({"mrl_weights": [1]}, "mrl_weights: has no use without Matryoshka"),
+        ({"mrl_layers": [1]}, "has no use without Matryoshka"),
+        ({"use_mrl": True, "mrl_layers": [1, 1]}, "different numbers"),
+        ({"use_mrl": True, "mrl_layers": [2]}, "2 layers, which are always trained.*Received: .2"),
         ({"use_mrl": True, "mrl_weights": [1]}, "says nothing without mrl_dims"),
         ({"use_mrl": True, "mrl_dims": [8, 4], "mrl_weights": [1]}, "each of the 2 mrl_dims"),
         ({"use_mrl": True, "mrl_dims": [8, 8]}, "different numbers"),
