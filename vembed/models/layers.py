@@ -60,7 +60,7 @@ class LayerTap:
     """
 
     def __init__(self, backbone: Any, counts: Sequence[int]) -> None:
-        """Find the layers; `tap_layers` attaches it."""
+        """Find the layers; nothing is seen yet."""
         self._stack = _find_stack(backbone, key="mrl_layers")
         self._counts = tuple(counts)
         self._outputs: dict[int, Tensor] = {}
