@@ -54,6 +54,8 @@ def test_help_and_mistakes_are_answered_without_torch():
         assert done.returncode == (2 if words else 0), done.stderr
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+        assert words or "Store what a teacher says" in done.stdout
+        assert "Fine-tune an embedding model." not in done.stdout
 
 
 def test_a_killed_one_is_gone_on_with(vembed, arguments, tmp_path):

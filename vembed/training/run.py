@@ -262,7 +262,8 @@ def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterio
     """
     rows = data.train
     loss = resolve("loss_type", config.loss_type, LOSSES)
-    check_row_fields(loss, rows.fields)
+    gaps = rows.gaps if isinstance(rows, RecordDataset) else None
+    check_row_fields(loss, rows.fields, gaps=gaps)
     criterion = build_criterion(
         config.loss_type,
         temperature=config.temperature,
@@ -276,7 +277,7 @@ def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterio
     )
     check_embeddings(criterion, tokens=encoder.pooling_method == NO_POOLING)
     # Which fields it needs may hang on its arguments.
-    check_row_fields(criterion, rows.fields)
+    check_row_fields(criterion, rows.fields, gaps=gaps)
     uses_scores = "score" in getattr(criterion, "required_fields", ())
     if "score" not in rows.fields:
         return criterion
