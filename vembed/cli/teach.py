@@ -30,8 +30,10 @@ def main(argv: list[str]) -> int:
     if count > 1 and "WORLD_SIZE" not in os.environ:
         return run_processes([sys.executable, "-m", "vembed.cli", "teach", *argv], count)
     # After the settings are checked, because it imports torch.
+    from vembed.training.console import configure_logging
     from vembed.training.teaching.teach import teach
 
+    configure_logging(main_process=os.environ.get("RANK", "0") == "0")
     shown = 0.0
     with progress_bar("teaching", 1.0) as advance:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from vembed.config import TrainConfig
 from vembed.errors import ConfigError
 from vembed.losses import (
+    DEFAULT_TEMPERATURE,
     DISTILLATION_LOSSES,
     LOSSES,
     build_criterion,
@@ -220,3 +223,14 @@ def test_other_losses_check_their_rows():
         build_distillation_loss()(
             {"query": query, "positive": query}, {"query": query, "positive": query[:1]}
         )
+
+
+def test_a_temperature_that_nobody_set_is_the_same_in_settings_and_in_every_loss():
+    defaults = [TrainConfig().distillation_temperature]
+    for table in (LOSSES, DISTILLATION_LOSSES):
+        signatures = [inspect.signature(resolve("loss", name, table)) for name in table]
+        defaults += [
+            s.parameters["temperature"].default for s in signatures if "temperature" in s.parameters
+        ]
+    assert len(defaults) > 10
+    assert set(defaults) == {DEFAULT_TEMPERATURE}
