@@ -85,17 +85,20 @@ def tiny_bert(path: str | Path, *, hidden_size: int = 32, seed: int = 0, **confi
     return _save(path, BertModel, BertConfig(**settings), tokenizer, seed)
 
 
-def tiny_cross_encoder(path: str | Path, *, labels: int = 1, seed: int = 0) -> Path:
-    """A BertForSequenceClassification: a query and a document to a score."""
-    from transformers import BertConfig, BertForSequenceClassification
+def tiny_cross_encoder(
+    path: str | Path, *, labels: int = 1, seed: int = 0, family: str = "Bert", max_length: int = 128
+) -> Path:
+    """A BERT, or one of its kin, for sequence classification: a query and a document to a score."""
+    import transformers
 
-    tokenizer = wordpiece_tokenizer()
-    settings = BertConfig(
+    tokenizer = wordpiece_tokenizer(token_type_ids=family == "Bert", max_length=max_length)
+    settings = getattr(transformers, f"{family}Config")(
         vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=32, max_position_embeddings=64, num_labels=labels,
         pad_token_id=tokenizer.pad_token_id, **_WIDE_INIT,
     )  # fmt: skip
-    return _save(path, BertForSequenceClassification, settings, tokenizer, seed)
+    model_class = getattr(transformers, f"{family}ForSequenceClassification")
+    return _save(path, model_class, settings, tokenizer, seed)
 
 
 def tiny_modernbert(path: str | Path, *, seed: int = 0, **config: Any) -> Path:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
 
 from vembed.errors import ConfigError, did_you_mean
 
@@ -39,6 +42,9 @@ def resolve(kind: str, choice: Any, table: Mapping[str, str]) -> Any:
 def construct(kind: str, choice: Any, table: Mapping[str, str], kwargs: Mapping[str, Any]) -> Any:
     """Resolve `choice` and call it with `kwargs`, checked against its signature first.
 
+    An argument that is annotated as a number, a text, a truth value or a choice of words becomes
+    one: YAML reads `5e-2` as a text.
+
     An object that is already an instance (not a class or function) is returned as it is; `kwargs`
     must then be empty.
 
@@ -52,8 +58,15 @@ def construct(kind: str, choice: Any, table: Mapping[str, str], kwargs: Mapping[
                 f"{kind}: an object was given, so keyword arguments {sorted(kwargs)} have no use"
             )
         return factory
-    check_arguments(f"{kind} {choice!r}", factory, kwargs)
-    return factory(**kwargs)
+    what = f"{kind} {choice!r}"
+    check_arguments(what, factory, kwargs)
+    hints = _plain_hints(factory)
+    return factory(
+        **{
+            name: _as_hinted(f"{what}: {name}", hints[name], value) if name in hints else value
+            for name, value in kwargs.items()
+        }
+    )
 
 
 def check_arguments(what: str, factory: Callable[..., Any], kwargs: Mapping[str, Any]) -> None:
@@ -72,6 +85,58 @@ def accepted_arguments(function: Callable[..., Any], offered: Mapping[str, Any])
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(offered)
     return {name: value for name, value in offered.items() if name in parameters}
+
+
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    NoneType: "null",
+}
+_WRITTEN = (*_WORDS, list, dict)
+
+
+def _plain_hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """Annotations of the parameters that take what YAML can say in a word."""
+    init = getattr(factory, "__init__", None) if isinstance(factory, type) else factory
+    names = getattr(init, "__globals__", {})
+    hints = {}
+    for name, parameter in _signature(factory).parameters.items():
+        hint = parameter.annotation
+        if isinstance(hint, str):
+            try:
+                hint = eval(hint, names)  # noqa: S307 - written in code that was imported
+            except (NameError, AttributeError, TypeError, SyntaxError):
+                continue  # imported for type checkers only
+        if all(kind in _WORDS or get_origin(kind) is Literal for kind in _alternatives(hint)):
+            hints[name] = hint
+    return hints
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    if get_origin(hint) not in (Union, UnionType):
+        return [hint]
+    return [kind for part in get_args(hint) for kind in _alternatives(part)]
+
+
+def _as_hinted(place: str, hint: Any, value: Any) -> Any:
+    """The value as what the hint says it is; one that YAML cannot write is left as it is."""
+    if not isinstance(value, _WRITTEN):
+        return value
+    # Otherwise true would be the number 1.
+    strict = isinstance(value, bool)
+    try:
+        return TypeAdapter(hint).validate_python(value, strict=strict)
+    except ValidationError:
+        words = [
+            word
+            for kind in _alternatives(hint)
+            for word in (get_args(kind) if get_origin(kind) is Literal else [_WORDS[kind]])
+        ]
+        raise ConfigError(
+            f"{place}: expected {' or '.join(map(str, words))}. Received: {value!r}"
+        ) from None
 
 
 def _signature(function: Callable[..., Any]) -> inspect.Signature:

@@ -219,3 +219,10 @@ def test_smaller_vectors_that_cannot_be(capsys, tmp_path, tiny_st_path, options,
     assert main(["encode", *arguments, "--output", str(tmp_path / "out.npy"), *options]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out.npy").exists()
+
+
+def test_ranges_that_cannot_be_are_told_before_the_model_is_looked_for(capsys, tmp_path):
+    path, output = write(tmp_path / "rows.txt", "red\n"), str(tmp_path / "out.npy")
+    arguments = ["--model", "./nowhere", "--data", str(path), "--ranges", "kept.npy"]
+    assert main(["encode", *arguments, "--output", output]) == 2
+    assert "--ranges: has no use" in capsys.readouterr().err

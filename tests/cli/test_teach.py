@@ -54,6 +54,8 @@ def test_help_and_mistakes_are_answered_without_torch():
         assert done.returncode == (2 if words else 0), done.stderr
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+        assert words or "Store what a teacher says" in done.stdout
+        assert "Fine-tune an embedding model." not in done.stdout
 
 
 def test_a_killed_one_is_gone_on_with(vembed, arguments, tmp_path):
@@ -70,6 +72,7 @@ def test_a_killed_one_is_gone_on_with(vembed, arguments, tmp_path):
     assert 20 <= len(stored) < 400  # in the middle of it
     done = vembed(*arguments)
     assert done.returncode == 0, done.stderr
+    assert "Loading weights" not in done.stderr  # bars of transformers
     assert done.stdout.startswith("cache: 400 items x 16 float32; ")
     assert f"; {400 - len(stored):,} computed" in done.stdout
     assert f"{len(stored):,} were there" in done.stdout

@@ -13,6 +13,8 @@ from tests.tiny import tiny_bert
 from tests.unit.losses.conformance import EMBEDDINGS, EXACT, take_queries
 from tests.unit.losses.distilling import CASES, scored, teacher_rows
 from vembed.distributed import process_index
+from vembed.errors import VembedError
+from vembed.losses import build_distillation_loss
 from vembed.losses.distillation.weighted import Term, WeightedDistillation
 from vembed.training.objective import Objective
 
@@ -57,6 +59,24 @@ def test_every_kind_on_two_processes_is_that_of_one(split):
         for number, grad in enumerate(own):
             mean = sum(part[2][number] for part in parts) / 2
             assert (mean - grad).abs().max() <= EXACT, name
+
+
+def misfit(batch: dict) -> str:
+    """Only the second process has a score too few."""
+    own = share(batch, SPLITS[0][process_index()])
+    if process_index():
+        own["teacher_scores"] = own["teacher_scores"][:, :1]
+    student = {role: own[role] for role in EMBEDDINGS if role in own}
+    with pytest.raises(VembedError) as caught:
+        build_distillation_loss("score")(
+            student, {}, own["teacher_scores"], own["counts_positive"], own["counts_negative"]
+        )
+    return str(caught.value)
+
+
+def test_scores_that_do_not_fit_end_every_process():
+    found = run_on_processes(misfit, 2, scored(0))
+    assert all("teacher_scores: expected one for each positive and negative" in f for f in found)
 
 
 def parts_of(batch: dict, split: Any) -> dict[str, float]:

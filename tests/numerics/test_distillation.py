@@ -9,6 +9,7 @@ from torch import nn
 
 from tests.unit.losses.conformance import EMBEDDINGS, EXACT, make_pairs, make_rich, take_queries
 from tests.unit.losses.distilling import CASES, build, scored, teacher_rows
+from vembed.errors import DataError
 from vembed.losses import DISTILLATION_LOSSES, build_distillation_loss
 from vembed.losses.distillation.weighted import Term, WeightedDistillation
 
@@ -224,6 +225,15 @@ def test_score_margins_are_those_of_sentence_transformers():
     theirs = st_losses.MarginMSELoss(_Given())(features(*rows), scores[:, 0] - scores[:, 1])
     ours = build_distillation_loss("score", form="margin_mse", similarity="dot")
     assert abs(call(ours, roles(batch), {}, batch) - theirs) <= 1e-6
+
+
+def test_counts_may_be_left_out_where_all_rows_have_equally_many():
+    loss, batch = build_distillation_loss("score"), triplets()
+    counted = call(loss, roles(batch), {}, batch)
+    bare = {key: value for key, value in batch.items() if not key.startswith("counts")}
+    assert call(loss, roles(batch), {}, bare) == counted
+    with pytest.raises(DataError, match="must add up to the rows. Received: 6 and 0 for 6 pos"):
+        call(loss, {**roles(batch), "negative": batch["negative"][:5]}, {}, bare)
 
 
 def triplets():

@@ -352,7 +352,7 @@ class TestWhatOnlyChangesHowARunComputes:
             # The report of the first step has tiles of its own, which are always auto.
             assert {found for asked, found in shapes if asked == size} == {shape}
         refused = observed(loss_tile_size=3, loss_type="triplet")["error"]
-        assert "'triplet' has no tile_size" in refused
+        assert "'triplet' has no loss_tile_size" in refused
 
     def test_adapter_path(self, observed, tmp_path):
         first = observed(use_lora=True)

@@ -244,6 +244,7 @@ def _write_vectors(
 
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ConfigError(f"--batch_size: must be at least 1. Received: {arguments.batch_size}")
+    quantizer = _Quantizer(arguments)  # before the model is loaded, which may take minutes
     predictor = Predictor(
         arguments.model, device=arguments.device, encoder_mode=arguments.encoder_mode
     )
@@ -256,7 +257,6 @@ def _write_vectors(
             f"--output: {arguments.model!r} gives {given}, which goes into a {fitting} file. "
             f"Received: {arguments.output!r}"
         )
-    quantizer = _Quantizer(arguments)
     if keeps_tokens and arguments.precision != "float32":
         raise ConfigError(
             f"--precision: a vector for each token is float32 here. Received: {arguments.precision}"

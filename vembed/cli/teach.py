@@ -14,6 +14,8 @@ from vembed.training.local_launch import follow_launcher, run_processes
 if TYPE_CHECKING:
     from vembed.training.teaching.teach import TeachResult
 
+ABOUT = "Store what a teacher says about the rows of data_path; nothing is trained."
+
 
 def main(argv: list[str]) -> int:
     """Compute what is missing; in several processes where `num_processes` says so.
@@ -23,13 +25,15 @@ def main(argv: list[str]) -> int:
         DataError: if a row cannot be used.
     """
     follow_launcher()
-    config = load_and_parse_config(argv, required=TEACH_REQUIRES, prog="vembed teach")
+    config = load_and_parse_config(argv, required=TEACH_REQUIRES, prog="vembed teach", about=ABOUT)
     count = config.num_processes or 1
     if count > 1 and "WORLD_SIZE" not in os.environ:
         return run_processes([sys.executable, "-m", "vembed.cli", "teach", *argv], count)
     # After the settings are checked, because it imports torch.
+    from vembed.training.console import configure_logging
     from vembed.training.teaching.teach import teach
 
+    configure_logging(main_process=os.environ.get("RANK", "0") == "0")
     shown = 0.0
     with progress_bar("teaching", 1.0) as advance:
 

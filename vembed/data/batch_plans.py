@@ -322,6 +322,7 @@ class _Deck:
         self._seeds = seeds
         self._shuffles = 0
         self._left: list[int] = []
+        """The next one is the last: taking it moves no others."""
 
     @property
     def size(self) -> int:
@@ -331,11 +332,11 @@ class _Deck:
     def draw(self, excluded: Collection[int]) -> int:
         """The next one that is not excluded; those that are keep their place."""
         while True:
-            for place, thing in enumerate(self._left):
-                if thing not in excluded:
+            for place in range(len(self._left) - 1, -1, -1):
+                if self._left[place] not in excluded:
                     return self._left.pop(place)
             order = random_order(len(self._things), *self._seeds, self._shuffles)
-            self._left += [self._things[number] for number in order.tolist()]
+            self._left = [self._things[n] for n in order[::-1].tolist()] + self._left
             self._shuffles += 1
 
 

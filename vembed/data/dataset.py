@@ -111,6 +111,18 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
         return digest.hexdigest()
 
     @property
+    def gaps(self) -> dict[str, str]:
+        """Of each field that only some rows have, which rows lack it, in words."""
+        found = {}
+        for name in sorted(set(FIELDS) - self.fields):
+            lacking = [part.without(name) for part in self._parts]
+            count, total = sum(map(len, lacking)), sum(len(part.good) for part in self._parts)
+            if count < total:
+                number, part = next(n for n in zip(lacking, self._parts, strict=True) if len(n[0]))
+                found[name] = f"{count:,} of {total:,} rows, the first at {part.where(number[0])}"
+        return found
+
+    @property
     def query_ids(self) -> np.ndarray:
         """`[rows]` int64, the content id of each row's query."""
         return self._numbers("query_id")

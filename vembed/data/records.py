@@ -194,7 +194,11 @@ class RowParser:
         negatives = self._items(row, "negative")
         label = self._label(row)
         if not positives and label is None:
-            raise self._missing(row, "positive")
+            has_column = any(
+                self._layout.get(f"positive{part}") for part in ("", "_text", "_image")
+            )
+            is_labelled = self._layout["label"] and not has_column
+            raise self._missing(row, "label" if is_labelled else "positive")
         score = self._number(row, "score")
         teacher_scores = self._teacher_scores(row, len(positives), len(negatives))
         return ParsedRow(queries[0], positives, negatives, label, score, teacher_scores)

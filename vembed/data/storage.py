@@ -125,8 +125,21 @@ class StoredRows:
 
     def has_in_every_row(self, field: str) -> bool:
         """Whether every row that can be used has a value for a field of a record."""
-        name = field if field in self.rows.column_names else f"{field}_image"
-        return bool(self.column(name).null_count == len(self.rows) - len(self.good))
+        nulls = self.column(self._column_of(field)).null_count
+        return bool(nulls == len(self.rows) - len(self.good))
+
+    def without(self, field: str) -> np.ndarray:
+        """Numbers of the rows that can be used and have no value for a field of a record."""
+        is_null = self.column(self._column_of(field)).is_null().to_numpy()
+        return np.asarray(self.good[is_null[self.good]])
+
+    def where(self, number: int) -> str:
+        """`file:line` of a row."""
+        row = self.rows[number]
+        return self.origin.where(row["line"], row["file"])
+
+    def _column_of(self, field: str) -> str:
+        return field if field in self.rows.column_names else f"{field}_image"
 
     def read(
         self, numbers: Sequence[int], row_indices: Sequence[int], label_numbers: Mapping[str, int]

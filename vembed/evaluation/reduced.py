@@ -28,8 +28,9 @@ class Reduction:
 
     Attributes:
         dim: Numbers kept of each; None for all.
-        precision: How documents are kept. Queries of int8 stay as they are; with `binary`, they
-            search by signs and put the first by their numbers (see `search_scores`).
+        precision: How documents are kept, and labelled items. Queries of int8 stay as they are;
+            with `binary`, they search by signs and put the first by their numbers (see
+            `search_scores`).
     """
 
     dim: int | None = None

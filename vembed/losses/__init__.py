@@ -154,16 +154,31 @@ def build_criterion(
     accepted = accepted_arguments(chosen, settings) if makes_one else {}
     asked = [name for name in ("learn_temperature", "bidirectional", "guided") if settings[name]]
     asked += ["tile_size"] if tile_size != "auto" else []
-    unfit = [name for name in asked if name not in accepted] + ([] if makes_one else [*loss_kwargs])
+    unfit = [name for name in asked if name not in accepted]
     if unfit:
         raise ConfigError(
-            f"loss_type {loss_type!r} has no {' or '.join(unfit)}: leave that out, or choose a "
-            "loss that has it"
+            f"loss_type {loss_type!r} has no {' or '.join(_SETTINGS[name] for name in unfit)}: "
+            "leave that out, or choose a loss that has it: "
+            + ", ".join(name for name in LOSSES if all(takes_argument(name, a) for a in unfit))
+        )
+    if loss_kwargs and not makes_one:
+        raise ConfigError(
+            f"loss_type {loss_type!r} is a function of embeddings and has no "
+            f"{' or '.join(loss_kwargs)}: leave that out"
         )
     if not makes_one:
         return cast(Criterion, chosen)
     made = construct("loss_type", loss_type, LOSSES, accepted | loss_kwargs)
     return cast(Criterion, made)
+
+
+_SETTINGS = {
+    "learn_temperature": "learn_temperature",
+    "bidirectional": "loss_bidirectional",
+    "guided": "guide (guide_model_name)",
+    "tile_size": "loss_tile_size",
+}
+"""What the settings call arguments of a loss."""
 
 
 def takes_argument(loss_type: str | type | Criterion, name: str) -> bool:
@@ -291,7 +306,11 @@ def missing_fields(criterion: Criterion | type[Criterion], fields: Collection[st
 
 
 def check_row_fields(
-    criterion: Criterion | type[Criterion], fields: Collection[str], *, tokens: bool | None = None
+    criterion: Criterion | type[Criterion],
+    fields: Collection[str],
+    *,
+    tokens: bool | None = None,
+    gaps: Mapping[str, str] | None = None,
 ) -> None:
     """Check that every row has what the loss cannot work without.
 
@@ -299,13 +318,21 @@ def check_row_fields(
         criterion: A loss; one without `required_fields` fits any row.
         fields: The fields that every row has.
         tokens: Whether the model gives a vector for each token; None where nothing is known of it.
+        gaps: Of the fields that only some rows have, which rows lack it, in words.
 
     Raises:
-        ConfigError: naming the missing fields and the built-in losses that fit data and model.
+        ConfigError: naming the missing fields and the built-in losses that fit data and model, or
+            the rows that lack what others have.
     """
     missing = missing_fields(criterion, fields)
     if not missing:
         return
+    name = getattr(criterion, "__name__", type(criterion).__name__)
+    if gaps and (field := next((f for f in missing if f in gaps), None)):
+        raise ConfigError(
+            f"loss_type: {name} needs {field} in every row. Received: none in {gaps[field]}. "
+            "Fill it in, or remove such rows"
+        )
     losses = {name: resolve("loss_type", name, LOSSES) for name in LOSSES}
     required = {
         name: _required_fields(loss)
@@ -317,7 +344,6 @@ def check_row_fields(
         (name for name in required if required[name] <= set(fields)),
         key=lambda name: -len(required[name]),
     )
-    name = getattr(criterion, "__name__", type(criterion).__name__)
     advice = "If a column has another name, name it in column_mapping"
     if "score" in missing and {"positive", "label"} <= set(fields):
         advice = (

@@ -54,6 +54,11 @@ class _Ids:
     query_of_positive_P: Tensor
     is_positive_C: Tensor
 
+    def without_negatives(self) -> _Ids:
+        """The same, where hard negatives are no documents of all."""
+        all_positive = torch.ones_like(self.positive_P, dtype=torch.bool)
+        return replace(self, document_C=self.positive_P, is_positive_C=all_positive)
+
     def pairs(self, query: Tensor, document: Tensor) -> Tensor:
         """`[n]` bool: whether each query and document of a list are paired by any row."""
         known = torch.stack([self.query_of_positive_P, self.positive_P])
@@ -270,9 +275,8 @@ def gather_batch(
         raise ConfigError("this loss needs positives. Received: a batch without them")
     negative = positive[:0] if negative is None else negative
     if counts_positive is None:
-        counts_positive = query.new_full(
-            (len(query),), int(len(query) == len(positive)), dtype=torch.int64
-        )
+        one_each = int(len(query) == len(positive))
+        counts_positive = query.new_full((len(query),), one_each, dtype=torch.int64)
     notes = torch.cat(
         [
             _ids_or_none(ids_query, len(query), query.device),
@@ -290,12 +294,7 @@ def gather_batch(
     own_documents = ids.document_C[first : first + len(positive) + len(negative)]
     if not share_negatives:
         sizes = [size._replace(negatives=0) for size in sizes]
-        ids = replace(
-            ids,
-            document_C=ids.positive_P,
-            is_positive_C=torch.ones_like(ids.positive_P, dtype=torch.bool),
-        )
-
+        ids = ids.without_negatives()
     query_BD = comparison.prepare_queries(query)
     # Together, so that a process without negatives takes part in the same collectives.
     documents = comparison.prepare_documents(

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from vembed.errors import ConfigError
 
 MAX_LOGIT_SCALE = math.log(100)
 """Upper bound of a learned `logit_scale`: temperature 0.01, as in CLIP (Radford et al., 2021)."""
+
+_LEAST_LENGTH = 1e-12
+"""As in `functional.normalize`."""
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -21,9 +23,14 @@ def full_precision(device: torch.device) -> torch.autocast:
 
 
 def unit_rows(rows: Tensor) -> Tensor:
-    """Rows scaled to length one, in float32 or, if they come in it, float64; zero stays zero."""
+    """Rows scaled to length one, in float32 or, if they come in it, float64; zero stays zero.
+
+    The gradient of a row that is zero is that of a row of length one: `functional.normalize` has
+    1e12 times as much, which fp16 cannot hold and which would be all that is left after clipping.
+    """
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
-    return functional.normalize(wide, dim=-1)
+    length = wide.norm(dim=-1, keepdim=True)
+    return wide / torch.where(length < _LEAST_LENGTH, 1, length)
 
 
 def dot_products(rows_RD: Tensor, columns_CD: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def _kind_of(path: str) -> str:
         "of an image, encoder_mode=vision; if it chats about images, encoder_mode=vlm"
     )
     raise ConfigError(
-        f"model_name: {path!r} has model_type {model_type!r}, which no encoder of vembed claims"
+        f"model {path!r} has model_type {model_type!r}, which no encoder of vembed claims"
         f"{registry.did_you_mean(model_type, MODEL_TYPES)}. Known: {', '.join(MODEL_TYPES)}. "
         f"{forced}; for anything else write an encoder and set encoder_mode=package.module:Name"
     )

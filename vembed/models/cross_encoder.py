@@ -16,6 +16,7 @@ import torch
 
 from vembed.chunking import count_tokens, plan_chunks, take_rows
 from vembed.errors import CheckpointError, ConfigError
+from vembed.models.tokenizing import choose_length
 
 _SUFFIX = "ForSequenceClassification"
 
@@ -39,7 +40,7 @@ class CrossEncoder:
 
         Raises:
             CheckpointError: if its files cannot be read.
-            ConfigError: if it gives more than one number.
+            ConfigError: if it gives more than one number, or nothing says how long pairs may be.
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -60,8 +61,9 @@ class CrossEncoder:
             )
         self.model.to(device).eval()
         self._device = torch.device(device)
-        most = getattr(self.model.config, "max_position_embeddings", 512)
-        self._max_length = min(self.tokenizer.model_max_length, most)
+        self._max_length = choose_length(
+            None, None, of_tokenizer=self.tokenizer.model_max_length, text_model=self.model
+        ).value
 
     def score(
         self, pairs: Sequence[tuple[str, str]], *, chunk_tokens: int

@@ -29,16 +29,16 @@ def resolve_model_path(model_name: str, revision: str | None = None) -> str:
         ConfigError: if nothing is found under that name, or it cannot be fetched.
     """
     if not isinstance(model_name, str) or not model_name.strip():
-        raise ConfigError(f"model_name: expected a text. Received: {model_name!r}. {_FORMS}")
+        raise ConfigError(f"model: expected a text. Received: {model_name!r}. {_FORMS}")
     if model_name.startswith("package:"):
         return str(_package_folder(model_name))
     folder = Path(model_name).expanduser()
     if folder.is_dir():
         return str(folder)
     if folder.is_file():
-        raise ConfigError(f"model_name: {model_name!r} is a file; name the folder that it lies in")
+        raise ConfigError(f"model {model_name!r} is a file; name the folder that it lies in")
     if _looks_like_path(model_name):
-        raise ConfigError(f"model_name: there is no folder {model_name!r}. {_FORMS}")
+        raise ConfigError(f"model: there is no folder {model_name!r}. {_FORMS}")
     return _hub_folder(model_name, revision)
 
 
@@ -74,7 +74,7 @@ def _package_folder(model_name: str) -> Path:
     locations = list(spec.submodule_search_locations or []) if spec else []
     if not locations:
         raise ConfigError(
-            f"model_name: {model_name!r} names no installed package {module!r}; "
+            f"model {model_name!r} names no installed package {module!r}; "
             f"install it with `pip install {name}`"
         )
     root = Path(locations[0])
@@ -82,7 +82,9 @@ def _package_folder(model_name: str) -> Path:
         return root if _is_model_folder(root) else _only_model_folder(root, model_name)
     folder = (root / subdir).resolve()
     if not folder.is_relative_to(root.resolve()) or not folder.is_dir():
-        raise ConfigError(f"model_name: package {module!r} has no folder {subdir!r} (in {root})")
+        raise ConfigError(
+            f"model {model_name!r}: package {module!r} has no folder {subdir!r} (in {root})"
+        )
     return folder
 
 
@@ -92,11 +94,10 @@ def _only_model_folder(root: Path, model_name: str) -> Path:
         return found[0]
     if not found:
         raise ConfigError(
-            f"model_name: {model_name!r} carries no model "
-            f"(no config.json with a model_type under {root})"
+            f"model {model_name!r} carries no model (no config.json with a model_type under {root})"
         )
     names = ", ".join(f"{model_name}/{folder.relative_to(root).as_posix()}" for folder in found)
-    raise ConfigError(f"model_name: {model_name!r} carries several models; name one: {names}")
+    raise ConfigError(f"model {model_name!r} carries several models; name one: {names}")
 
 
 def _is_model_folder(folder: Path) -> bool:
@@ -127,7 +128,7 @@ def _hub_folder(model_name: str, revision: str | None) -> str:
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model_name: {model_name!r}{at} is no local folder, is not in the hub's cache, and "
+            f"model {model_name!r}{at} is no local folder, is not in the hub's cache, and "
             f"cannot be fetched from the hub ({type(error).__name__}: {reason}). {_FORMS}"
         ) from error
     return folder

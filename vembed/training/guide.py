@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,13 +16,13 @@ from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
 from vembed.training.data_utils import (
     GUIDE_PREFIX,
-    ROLES,
     maybe_first,
     own_rows,
     row_lengths,
     unpack_roles,
 )
 from vembed.training.gradient_cache import GradientCache
+from vembed.training.second_inputs import SecondInputsCollator
 
 Batch = Mapping[str, Any]
 Collate = Callable[[list[Record]], dict[str, Any]]
@@ -47,9 +47,9 @@ class Guide:
         self._mode = retrieval_mode
         self._cache = GradientCache(chunk_tokens=chunk_tokens)
 
-    def collator(self, collate: Collate) -> GuideCollator:
+    def collator(self, collate: Collate) -> SecondInputsCollator:
         """A collator that adds the guide's inputs to the batches of another."""
-        return GuideCollator(collate, Collator(self.encoder.processor))
+        return SecondInputsCollator(collate, Collator(self.encoder.processor), prefix=GUIDE_PREFIX)
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> dict[str, Tensor]:
@@ -71,22 +71,6 @@ class Guide:
         )
         of_rows = own_rows(embeddings, batch)
         return {f"{GUIDE_PREFIX}{role}": rows for role, rows in of_rows.items()}
-
-
-class GuideCollator:
-    """Adds the guide's own inputs to a batch, under `guide_...`."""
-
-    def __init__(self, collate: Collate, guide: Collator) -> None:
-        """Assign."""
-        self._collate = collate
-        self._guide = guide
-
-    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The batch, with the inputs and lengths of the guide."""
-        kept = (*(f"{role}_" for role in ROLES), "lengths_")
-        own = {k: v for k, v in self._guide(list(records)).items() if k.startswith(kept)}
-        batch = self._collate(list(records))
-        return {**batch, **{f"{GUIDE_PREFIX}{key}": value for key, value in own.items()}}
 
 
 def build_guide(config: TrainConfig) -> Guide | None:

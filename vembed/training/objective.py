@@ -49,7 +49,7 @@ class Objective:
         distillation_loss_fn: Callable[..., Tensor] | None = None,
         alpha: float = 1.0,
     ) -> None:
-        """Assign and check.
+        """Assign.
 
         Args:
             criterion: Called as `criterion(query, positive, negative, **extras)` with the extras

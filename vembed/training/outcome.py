@@ -107,7 +107,8 @@ def show(result: RunResult) -> None:
     console = Console()
     if result.proof is not None:
         console.print(render_table(result.proof.changes))
-        console.print(render_moved(result.proof.moved))
+        if result.proof.after.rankings is not None:
+            console.print(render_moved(result.proof.moved))
     if result.state.best_step == 0:
         console.print("No step beat the model as it was loaded on the validation set.")
     console.print(f"model   {result.model_path}", soft_wrap=True, highlight=False)

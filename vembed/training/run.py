@@ -267,7 +267,9 @@ def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterio
     """
     rows = data.train
     fields, tokens = rows.fields | fields_of_teacher(config), encoder.pooling_method == NO_POOLING
-    check_row_fields(resolve("loss_type", config.loss_type, LOSSES), fields, tokens=tokens)
+    gaps = rows.gaps if isinstance(rows, RecordDataset) else None
+    loss = resolve("loss_type", config.loss_type, LOSSES)
+    check_row_fields(loss, fields, tokens=tokens, gaps=gaps)
     criterion = build_criterion(
         config.loss_type,
         temperature=config.temperature,
@@ -281,7 +283,7 @@ def build_loss(config: TrainConfig, encoder: Encoder, data: RunData) -> Criterio
     )
     check_embeddings(criterion, tokens=tokens)
     # Which fields it needs may hang on its arguments.
-    check_row_fields(criterion, fields, tokens=tokens)
+    check_row_fields(criterion, fields, tokens=tokens, gaps=gaps)
     uses_scores = "score" in getattr(criterion, "required_fields", ())
     if "score" not in rows.fields:
         return criterion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from vembed.data import (
     build_dataloader,
     load_dataset_records,
 )
+from vembed.data.batch_plans import _Deck, random_order
 from vembed.data.dataset import RowContents
 from vembed.errors import ConfigError
 
@@ -242,6 +244,23 @@ def test_the_loader_makes_the_batches_of_its_plan(tmp_path, workers):
     numbers = [[record.row_index for record in batch] for batch in together]
     assert numbers == batches_of("no_duplicates", dataset, 4, seed=5)
     assert all(len({r.positives for r in batch}) == len(batch) for batch in together)
+
+
+def test_a_deck_gives_everything_once_before_anything_again():
+    deck, drawn = _Deck(range(5), (1, 2)), []
+    for _ in range(3):
+        drawn.append([deck.draw(()) for _ in range(5)])
+    assert drawn == [random_order(5, 1, 2, shuffle).tolist() for shuffle in range(3)]
+    first, second = random_order(5, 1, 2, 3).tolist()[:2]
+    assert deck.draw({first}) == second
+    assert deck.draw(()) == first
+
+
+def test_a_deck_of_many_is_drawn_in_linear_time():
+    deck, started = _Deck(range(300_000), (1,)), time.process_time()
+    for _ in range(deck.size):
+        deck.draw(())
+    assert time.process_time() - started < 5
 
 
 def test_a_stream_cannot_be_planned(tmp_path):

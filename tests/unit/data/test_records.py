@@ -152,6 +152,7 @@ def test_text_cells_hold_numbers_as_text_and_empty_means_absent():
         ),
         ({"question": "q", "answer": "a"}, "no column for it. Received: columns 'question', 'ans"),
         ({"query": "q", "answer": "a"}, "positive: no column for it, and none for label"),
+        ({"text": "t", "label": None}, "label: must not be empty. Received: null"),
         ({}, "query: no column for it. Received: columns none"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+from vembed.config import TrainConfig
 from vembed.errors import ConfigError
 from vembed.losses import (
+    DEFAULT_TEMPERATURE,
     DISTILLATION_LOSSES,
     LOSSES,
     build_criterion,
@@ -106,9 +109,9 @@ def test_functions_and_objects_serve_as_losses():
         ({"loss_type": "infonse"}, "did you mean 'infonce'"),
         ({"loss_type": "infonce", "margin": 1}, "'margin'.*it accepts: temperature"),
         ({"loss_type": "cosent", "learn_temperature": True}, "'cosent' has no learn_temperature"),
-        ({"loss_type": "supcon", "bidirectional": True}, "'supcon' has no bidirectional"),
-        ({"loss_type": "cosent", "tile_size": 8}, "'cosent' has no tile_size"),
-        ({"loss_type": distance, "tile_size": 8}, "has no tile_size"),
+        ({"loss_type": "supcon", "bidirectional": True}, "'supcon' has no loss_bidirectional"),
+        ({"loss_type": "cosent", "tile_size": 8}, "'cosent' has no loss_tile_size"),
+        ({"loss_type": distance, "tile_size": 8}, "has no loss_tile_size"),
         ({"loss_type": Distance, "margin": 1}, "margin"),
         ({"loss_type": Distance(), "margin": 1}, "has no margin"),
         ({"loss_type": distance, "learn_temperature": True}, "has no learn_temperature"),
@@ -220,3 +223,14 @@ def test_other_losses_check_their_rows():
         build_distillation_loss()(
             {"query": query, "positive": query}, {"query": query, "positive": query[:1]}
         )
+
+
+def test_a_temperature_that_nobody_set_is_the_same_in_settings_and_in_every_loss():
+    defaults = [TrainConfig().distillation_temperature]
+    for table in (LOSSES, DISTILLATION_LOSSES):
+        # That of sigmoid is where a learned temperature starts, with a bias that belongs to it.
+        losses = [resolve("loss", name, table) for name in table if name != "sigmoid"]
+        given = [inspect.signature(loss).parameters.get("temperature") for loss in losses]
+        defaults += [parameter.default for parameter in given if parameter is not None]
+    assert len(defaults) > 9
+    assert set(defaults) == {DEFAULT_TEMPERATURE}

@@ -76,7 +76,9 @@ def test_a_guided_loss_without_a_guide_says_so(records):
         build_criterion("infonce", guided=True)(
             query, query, guide_query=torch.ones(3, 2), guide_positive=query
         )
-    with pytest.raises(ConfigError, match="'cosent' has no guided"):
+    with pytest.raises(
+        ConfigError, match=r"'cosent' has no guide \(guide_model_name\): .*: infonce, sigmoid"
+    ):
         build_criterion("cosent", guided=True)
 
 

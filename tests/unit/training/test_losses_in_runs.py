@@ -97,6 +97,14 @@ def test_rows_that_do_not_fit_are_found_before_training(run, loss_type, rows, me
         run(ROWS[rows], loss_type=loss_type)
 
 
+def test_one_row_without_a_score_is_named_by_its_place(run):
+    rows = [*ROWS["score"][:5], {**ROWS["score"][5], "score": None}, *ROWS["score"][6:]]
+    with pytest.raises(
+        ConfigError, match=rf"CoSENT needs score.* 1 of {len(rows)} rows, the first at .*:6\. Fill"
+    ):
+        run(rows, loss_type="cosent")
+
+
 def test_a_loss_whose_arguments_ask_for_more(run):
     with pytest.raises(ConfigError, match="Triplet needs negative in every row"):
         run(PAIR_ROWS, loss_type="triplet", loss_kwargs={"triplets": "own"})
@@ -116,6 +124,12 @@ def test_scores_on_another_scale_are_found_before_training(run):
     run(rows, loss_type="cosine_mse", loss_kwargs={"score_scale": 5})
     with pytest.raises(ConfigError, match="Contrastive takes scores from 0 to 1"):
         run(rows, loss_type="contrastive")
+
+
+def test_queries_that_moved_are_shown_for_rankings_only(run, capsys):
+    for rows, loss_type, count in ((PAIR_ROWS, "infonce", 1), (ROWS["score"], "cosent", 0)):
+        run(rows, loss_type=loss_type, holdout_ratio=0.4)
+        assert capsys.readouterr().out.count("Right answer ranked higher") == count
 
 
 def test_class_vectors_train_and_are_kept_for_resuming_only(run, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vembed.distributed import all_reduce_sum, process_count
+from vembed.distributed import all_reduce_sum, fail_together, process_count
 from vembed.errors import ConfigError, DataError
 from vembed.losses.distillation.rows import check_rows
 from vembed.losses.similarity import check_temperature, full_precision, unit_rows
@@ -85,24 +85,26 @@ class ScoreDistillation(nn.Module):
                 `[K, D]` where there are some.
             teacher: The same of the teacher; not looked at where there are scores.
             teacher_scores: `[B, C]`, a query's positives, then its negatives, then -inf.
-            counts_positive: `[B]` positives of each query; None: one each.
-            counts_negative: `[B]` negatives of each query; None: none.
+            counts_positive: `[B]` positives of each query; None where all have equally many.
+            counts_negative: `[B]` negatives of each query; likewise.
 
         Returns:
             A scalar whose mean over processes is the loss of the global batch.
 
         Raises:
             ConfigError: if there are no scores, nor embeddings of both sides to make them from.
-            DataError: if scores and candidates are not as many.
+            DataError: if scores and candidates are not as many on any process; on every process.
         """
-        candidates = Candidates(student, counts_positive, counts_negative)
-        with full_precision(candidates.device):
+        device = student["query"].device
+        with full_precision(device):
+            with fail_together(device):
+                candidates = Candidates(student, counts_positive, counts_negative)
+                if teacher_scores is None:
+                    _check_both_sides(student, teacher)
+                    taught_BC = candidates.scores(teacher, self.similarity).detach()
+                else:
+                    taught_BC = candidates.fit(teacher_scores)
             scores_BC = candidates.scores(student, self.similarity)
-            if teacher_scores is None:
-                _check_both_sides(student, teacher)
-                taught_BC = candidates.scores(teacher, self.similarity).detach()
-            else:
-                taught_BC = candidates.fit(teacher_scores)
             taught_BC = taught_BC.to(scores_BC.dtype) / self.teacher_temperature
             if self.form == "kl":
                 losses_B, counted_B = self._divergence(scores_BC, taught_BC, candidates)
@@ -142,11 +144,13 @@ class Candidates:
         negative = student.get("negative")
         if positive is None:
             raise ConfigError("score: needs positives. Received: a batch without them")
-        self.device, rows = query.device, len(query)
-        ones = torch.ones(rows, dtype=torch.int64, device=self.device)
-        of_positive = ones if counts_positive is None else counts_positive
-        of_negative = ones * 0 if counts_negative is None or negative is None else counts_negative
-        negatives = 0 if negative is None else len(negative)
+        rows, negatives = len(query), 0 if negative is None else len(negative)
+        of_positive, of_negative = (
+            torch.full((rows,), number // max(1, rows), device=query.device)
+            if counts is None
+            else counts
+            for counts, number in ((counts_positive, len(positive)), (counts_negative, negatives))
+        )
         if rows and (int(of_positive.sum()), int(of_negative.sum())) != (len(positive), negatives):
             raise DataError(
                 "score: counts_positive and counts_negative must add up to the rows. Received: "
@@ -154,7 +158,7 @@ class Candidates:
                 f"positives and {negatives} negatives"
             )
         width = int((of_positive + of_negative).max()) if rows else 0
-        column_C = torch.arange(width, device=self.device)
+        column_C = torch.arange(width, device=query.device)
         self.positive_BC = column_C < of_positive[:, None]
         self.real_BC = column_C < (of_positive + of_negative)[:, None]
         first_positive = (of_positive.cumsum(0) - of_positive)[:, None]

@@ -227,11 +227,23 @@ def _teacher_softmax(report: FirstStepReport) -> Iterator[Advice]:
         )
 
 
+_SCORE = "distillation.score"
+
+
 def _weak_teacher(report: FirstStepReport) -> Iterator[Advice]:
     loss = report.loss
     if loss is None or not loss.weights:
         return
     shares = {name: abs(weight * loss.parts[name]) for name, weight in loss.weights.items()}
+    if shares.get(_SCORE) == 0:
+        yield Advice(
+            "nothing to score",
+            "distillation_loss: score compares a query's own candidates, and no query of this "
+            "batch has two that it can tell apart. Give rows negatives, or set similarity_kl, "
+            "which compares all documents of the batch",
+            ("distillation_loss",),
+        )
+        del shares[_SCORE]
     taught = sum(share for name, share in shares.items() if name != "task")
     total = sum(shares.values())
     if len(shares) > 1 and taught < _UNHEARD * total and loss.weights["task"] < 1:

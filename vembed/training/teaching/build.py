@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,9 @@ from vembed.losses import Criterion, build_distillation
 from vembed.losses.distillation.weighted import WeightedDistillation
 from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
-from vembed.training.data_utils import ROLES, TEACHER_PREFIX
+from vembed.training.data_utils import TEACHER_PREFIX
 from vembed.training.model_builder import build_teacher_model
+from vembed.training.second_inputs import SecondInputsCollator
 from vembed.training.teaching.cache import CachedTeacherCollator, TeacherCache
 from vembed.training.teaching.identity import taught_roles
 
@@ -44,7 +45,9 @@ class Teaching:
         if self.cache is not None:
             return CachedTeacherCollator(collate, self.cache)
         if self.model is not None:
-            return TeacherCollator(collate, Collator(self.model.processor, self.roles))
+            return SecondInputsCollator(
+                collate, Collator(self.model.processor, self.roles), prefix=TEACHER_PREFIX
+            )
         return collate
 
 
@@ -118,21 +121,3 @@ def check_distillation_fields(teaching: Teaching, fields: frozenset[str]) -> Non
             f"and documents. Received rows with: {', '.join(sorted(fields))}. If the column has "
             "another name, name it in column_mapping"
         )
-
-
-class TeacherCollator:
-    """Adds the teacher's own inputs under `teacher_...`: it may have another tokenizer."""
-
-    def __init__(self, student: Collator, teacher: Collator) -> None:
-        """Assign."""
-        self.student = student
-        self.teacher = teacher
-
-    def __call__(self, records: Sequence[Record]) -> dict[str, Any]:
-        """The student's batch and the teacher's inputs and lengths."""
-        inputs = tuple(f"{role}_" for role in ROLES) + ("lengths_",)
-        own = {k: v for k, v in self.teacher(list(records)).items() if k.startswith(inputs)}
-        return {
-            **self.student(list(records)),
-            **{f"{TEACHER_PREFIX}{key}": value for key, value in own.items()},
-        }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -26,10 +26,9 @@ from vembed.training.teaching.identity import (
     taught_pairs,
     taught_roles,
 )
-from vembed.training.teaching.store import VectorStore, as_keys
+from vembed.training.teaching.store import VectorStore, as_keys, written_whole
 
 _WINDOW_ROWS = 1024
-_COVERED = "rows-{}.npy"
 _REMEDY = "Run `vembed teach` with the settings of this run: it computes what is missing"
 
 
@@ -114,19 +113,31 @@ class TeacherCache:
             )
 
     def cover(self, rows: RecordDataset) -> None:
-        """Remember that all of these rows are there."""
+        """Remember that all of these rows are there, in the parts that are there now."""
+        self.store.refresh()
         hashes = np.unique(rows.row_hashes)
-        name = _COVERED.format(hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest())
-        part = self.folder / f".{name}.{os.getpid()}"
-        with part.open("wb") as file:
-            np.save(file, hashes, allow_pickle=False)
-        part.replace(self.folder / name)
+        name = hashlib.blake2b(hashes.tobytes(), digest_size=8).hexdigest()
+        with written_whole(self.folder / self._covered_file(name)) as file:
+            np.savez(file, rows=hashes, parts=np.array(self.store.parts, dtype=np.str_))
+
+    def _covered_file(self, name: str) -> str:
+        # Rows of which only some roles were embedded are not known for others.
+        return f"rows-{'-'.join(self.roles) or 'pairs'}-{name}.npz"
 
     def _covered(self) -> Any:
-        found = [
-            np.load(path, allow_pickle=False) for path in self.folder.glob(_COVERED.format("*"))
-        ]
-        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+        """Hashes of the rows that are known, as long as no part was removed since."""
+        found = [np.empty(0, dtype=np.int64)]
+        for path in self.folder.glob(self._covered_file("*")):
+            try:
+                with np.load(path, allow_pickle=False) as kept:
+                    if set(kept["parts"].tolist()) <= set(self.store.parts):
+                        found.append(kept["rows"])
+            except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+                raise ConfigError(
+                    f"teacher_cache: {path} is damaged ({error}). Remove it, and run "
+                    "`vembed teach` again: it computes what is missing"
+                ) from error
+        return np.concatenate(found)
 
 
 def roles_of(facts: TeacherFacts, config: TrainConfig) -> tuple[str, ...]:

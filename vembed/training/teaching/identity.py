@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from vembed.config import TrainConfig
 from vembed.data import Record
@@ -61,10 +62,15 @@ def read_facts(folder: Path) -> TeacherFacts | None:
         ConfigError: if the folder holds something else.
     """
     path = folder / FILE_NAME
+    # Listed first: what another process wrote by now, it wrote after `teacher.json`.
+    others = folder.is_dir() and any(
+        not there.name.startswith(f".{FILE_NAME}.") for there in folder.iterdir()
+    )
     if not path.exists():
-        if folder.is_dir() and any(folder.iterdir()) and not list(folder.glob("*.keys.npy")):
+        if others:
             raise ConfigError(
-                f"teacher_cache: {folder} is a folder of other files. Name a new or empty one"
+                f"teacher_cache: {folder} is a folder of other files, or {FILE_NAME} was removed "
+                "from it, which says whose vectors they are. Name a new or empty one"
             )
         return None
     try:
@@ -129,7 +135,8 @@ def taught_roles(modalities: frozenset[str] | set[str], config: TrainConfig) -> 
     return roles
 
 
-class TaughtItem(NamedTuple):
+@dataclass(frozen=True)
+class TaughtItem:
     """One thing that a teacher embeds.
 
     Attributes:
@@ -147,7 +154,7 @@ class TaughtItem(NamedTuple):
         """What a processor calls the role."""
         return "query" if self.role == "query" else "document"
 
-    @property
+    @cached_property
     def key(self) -> int:
         """A 63-bit hash of everything that decides the vector, but for the teacher."""
         item = self.item
@@ -156,7 +163,8 @@ class TaughtItem(NamedTuple):
         return int.from_bytes(hashlib.blake2b(known, digest_size=8).digest(), "big") >> 1
 
 
-class TaughtPair(NamedTuple):
+@dataclass(frozen=True)
+class TaughtPair:
     """A query and a document that a cross-encoder scores.
 
     Attributes:
@@ -169,7 +177,7 @@ class TaughtPair(NamedTuple):
     query: str
     document: str
 
-    @property
+    @cached_property
     def key(self) -> int:
         """A 63-bit hash of both texts."""
         known = repr((self.query, self.document)).encode("utf-8", "surrogatepass")

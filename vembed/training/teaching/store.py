@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,11 @@ class VectorStore:
         """Keys that have a vector."""
         return len(self._keys)
 
+    @property
+    def parts(self) -> list[str]:
+        """Names of the parts that were found."""
+        return list(self._names)
+
     def __getstate__(self) -> dict[str, Any]:
         # A worker maps the files by itself: pickled, they would be copied.
         return {**self.__dict__, "_open": {}}
@@ -90,8 +95,9 @@ class VectorStore:
     def write(self, keys: Keys, vectors: Vectors) -> None:
         """Store a part. A process that dies in here leaves no trace but a temporary file."""
         name = self.folder / name_of(keys)
-        _save(name.with_name(name.name + _VECTORS), vectors.astype(np.float32, copy=False))
-        _save(name.with_name(name.name + _KEYS), keys)
+        for ending, array in ((_VECTORS, vectors.astype(np.float32, copy=False)), (_KEYS, keys)):
+            with written_whole(name.with_name(name.name + ending)) as file:
+                np.save(file, array, allow_pickle=False)
 
     @contextmanager
     def claim(self, keys: Keys, *, wait: bool) -> Iterator[bool]:
@@ -154,10 +160,12 @@ def as_keys(keys: Sequence[int]) -> Keys:
     return np.asarray(keys, dtype=np.int64)
 
 
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, which is at `path` only when all of it is on the disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     with part.open("wb") as file:
-        np.save(file, array, allow_pickle=False)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)

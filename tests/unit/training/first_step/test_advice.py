@@ -10,6 +10,7 @@ import torch
 from tests.unit.training.first_step.batches import healthy, report_on
 from vembed.config import TrainConfig
 from vembed.losses.cosent import CoSENT
+from vembed.losses.distillation.score import ScoreDistillation
 from vembed.losses.distillation.similarity import SimilarityKL
 from vembed.losses.distillation.weighted import Term, WeightedDistillation
 from vembed.losses.info_nce import InfoNCE
@@ -191,6 +192,23 @@ def test_a_teacher_that_is_not_heard(weight):
     assert all("lower distillation_alpha" in text for text in found)
 
 
+def report_of_scores(student, extras, more):
+    """Taught by the scores of each query's own candidates."""
+    teacher, _ = healthy(seed=1)
+    distillation = WeightedDistillation([Term("distillation.score", ScoreDistillation(0.2), 1e4)])
+    loss = Objective(InfoNCE(0.1), distillation, 0.5)(
+        {**student, **more}, extras, {**teacher, **more}
+    )
+    return FirstStepReport(loss=Loss("InfoNCE", 1.0, loss.parts, loss.weights))
+
+
+def test_one_candidate_for_each_query_is_nothing_to_score():
+    student, extras = healthy()
+    assert names(report_of_scores(student, extras, {})) == ["nothing to score"]
+    negative = {"negative": student["positive"].roll(1, dims=0)}
+    assert names(report_of_scores(student, extras, negative)) == []
+
+
 def test_no_loss():
     text = only(report_on(*perfect(), InfoNCE(0.05)), "no loss")
     assert text.startswith("the loss is 3.1e-08: there is nothing to learn")
@@ -257,6 +275,7 @@ ALL = {
     "flat teacher",
     "saturated teacher",
     "unheard teacher",
+    "nothing to score",
     "not finite",
     "no loss",
     "at chance",
@@ -280,6 +299,7 @@ def reports_with_every_warning():
         yield report_on(
             student, extras, InfoNCE(temperature), distillation=distillation, teacher=teacher
         )
+    yield report_of_scores(student, extras, {})
     yield report_on(*healthy(2), InfoNCE(0.1))
     yield report_on(*healthy(4), InfoNCE(0.1), gradients=still)
     yield report_on(alike, extras, InfoNCE(0.1))

@@ -15,6 +15,7 @@ from tests.tiny import PAIRS, tiny_bert, tiny_clip, tiny_cross_encoder, tiny_qwe
 from vembed.config import DatasetSpec, TrainConfig
 from vembed.data import load_dataset_records
 from vembed.errors import ConfigError, DataError
+from vembed.images import as_image_source
 from vembed.models import load_encoder
 from vembed.models.cross_encoder import CrossEncoder
 from vembed.modes import Item
@@ -275,6 +276,36 @@ def test_rows_that_were_taught_need_no_look_at_their_items(settings, run, monkey
         )
 
 
+def test_a_part_that_was_removed_is_missed_before_training(settings, run, tmp_path):
+    teach(settings)
+    removed = min((tmp_path / "cache").glob("*.keys.npy"))
+    removed.unlink()
+    with pytest.raises(ConfigError, match=r"lacks 7 items of .* `vembed teach`"):
+        run()
+    assert teach(settings).computed == 7
+    cache_of(settings).require(load_dataset_records(settings["data_path"]))
+
+
+def test_rows_of_which_one_side_was_taught_are_not_known_for_both(settings):
+    teach(settings)
+    rows, cache = load_dataset_records(settings["data_path"]), cache_of(settings)
+    for path in [*cache.folder.glob("rows-*"), *cache.folder.glob("*.keys.npy")]:
+        path.unlink()
+    one_side = TeacherCache(cache.folder, cache.facts, ("query",))
+    one_side.cover(rows)
+    one_side.require(rows)
+    with pytest.raises(ConfigError, match="lacks 49 items"):
+        cache_of(settings).require(rows)
+
+
+def test_damaged_knowledge_of_rows_is_named(settings, tmp_path):
+    teach(settings)
+    (kept,) = (tmp_path / "cache").glob("rows-*")
+    kept.write_bytes(kept.read_bytes()[:40])
+    with pytest.raises(ConfigError, match=f"{kept.name} is damaged.*Remove it"):
+        cache_of(settings).require(load_dataset_records(settings["data_path"]))
+
+
 def test_a_stream_says_it_at_the_row(settings, run, tmp_path):
     teach(settings)
     path = write_rows(tmp_path / "more.jsonl", [*PAIRS[:20], {"query": "new", "positive": "b"}])
@@ -321,6 +352,19 @@ def test_another_folder_is_not_written_into(settings, rows_path):
         teach({**settings, "teacher_cache": str(rows_path.parent)})
 
 
+def test_vectors_of_an_unknown_teacher_are_not_added_to(settings, tmp_path):
+    teach(settings)
+    (tmp_path / "cache" / "teacher.json").unlink()
+    with pytest.raises(ConfigError, match=r"teacher.json was removed"):
+        teach(settings)
+
+
+def test_what_a_killed_process_left_of_its_facts_is_no_other_file(settings, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / ".teacher.json.17").write_text("{")
+    assert teach(settings).computed == 49
+
+
 def test_settings_are_checked_first():
     with pytest.raises(ConfigError, match="teacher_cache: required"):
         teach({"teacher_model_name": "m", "data_path": "d"})
@@ -341,6 +385,15 @@ def test_what_decides_a_vector_decides_its_key():
     assert (
         TaughtItem("positive", Item("x"), None).key == TaughtItem("negative", Item("x"), None).key
     )
+
+
+def test_a_picture_is_read_once_for_its_key(tmp_path, monkeypatch):
+    image, reads = as_image_source(write_pictures(tmp_path) / "red.png"), []
+    read = type(image).read
+    monkeypatch.setattr(type(image), "read", lambda self: reads.append(1) or read(self))
+    item = TaughtItem("query", Item(image=image), None)
+    assert item.key == item.key
+    assert len(reads) == 1
 
 
 def test_a_picture_that_was_replaced_is_another(settings, tmp_path):
