@@ -1,0 +1,217 @@
+"""Rows, settings and images that nobody should have to trust, made from a seed.
+
+Every mutation breaks a rule: what would leave a row, a file of settings or an image in order is not
+among them, so that a test may ask that each one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tests.tiny import PAIRS, WORDS
+
+MODES = ("t2t", "t2i")
+
+
+@dataclass(frozen=True)
+class BadLine:
+    """A line of a JSON Lines file.
+
+    Attributes:
+        kind: The mutation that made it.
+        raw: The bytes, without the line break.
+        mode: The retrieval mode it is bad in.
+    """
+
+    kind: str
+    raw: bytes
+    mode: str = "t2t"
+
+
+def good_row(draw: random.Random) -> dict[str, Any]:
+    """A row of any of the layouts that are understood, which can be used."""
+    pair = dict(draw.choice(PAIRS))
+    match draw.randrange(5):
+        case 0:
+            return pair
+        case 1:
+            return {**pair, "negatives": [" ".join(draw.sample(WORDS, 3)) for _ in range(2)]}
+        case 2:
+            return {**pair, "score": round(draw.uniform(-5, 5), 3)}
+        case 3:
+            return {**pair, "label": draw.choice(["a", 3])}
+        case _:
+            return {**pair, "negative": "no", "teacher_scores": [draw.random(), draw.random()]}
+
+
+def bad_lines(count: int, seed: int) -> Iterator[BadLine]:
+    """That many lines, all kinds in turns, none of which can be used."""
+    draw = random.Random(seed)
+    kinds = [*_BROKEN_ROWS.items(), *_BROKEN_BYTES.items()]
+    for number in range(count):
+        kind, make = kinds[number % len(kinds)]
+        made = make(draw, good_row(draw))
+        raw = made if isinstance(made, bytes) else json.dumps(made).encode()
+        yield BadLine(kind, raw)
+
+
+def bad_image_lines(count: int, seed: int) -> Iterator[BadLine]:
+    """Rows of a caption and an image whose place cannot be meant, whatever is on the disk."""
+    draw = random.Random(seed)
+    for number in range(count):
+        place = _PLACES[number % len(_PLACES)]
+        value = place(draw) if callable(place) else place
+        row = {"query": draw.choice(WORDS), "positive": value}
+        yield BadLine(f"place {number % len(_PLACES)}", json.dumps(row).encode(), "t2i")
+
+
+def _field(draw: random.Random) -> str:
+    return draw.choice(["query", "positive"])
+
+
+def _value(*values: Any) -> Callable[[random.Random, dict[str, Any]], dict[str, Any]]:
+    """Query or positive with one of these values; no label, which would do without a positive."""
+
+    def make(draw: random.Random, row: dict[str, Any]) -> dict[str, Any]:
+        row.pop("label", None)
+        return {**row, _field(draw): draw.choice(values)}
+
+    return make
+
+
+def _score(*values: Any) -> Callable[[random.Random, dict[str, Any]], dict[str, Any]]:
+    return lambda draw, row: {**row, "score": draw.choice(values)}
+
+
+def _label(*values: Any) -> Callable[[random.Random, dict[str, Any]], dict[str, Any]]:
+    return lambda draw, row: {**row, "label": draw.choice(values)}
+
+
+def _scores(*values: Any) -> Callable[[random.Random, dict[str, Any]], dict[str, Any]]:
+    def make(draw: random.Random, row: dict[str, Any]) -> dict[str, Any]:
+        return {**dict(draw.choice(PAIRS)), "teacher_scores": draw.choice(values)}
+
+    return make
+
+
+def nested(depth: int, kind: str = "[") -> str:
+    """JSON of brackets in brackets."""
+    return "[" * depth + "]" * depth if kind == "[" else '{"a":' * depth + "1" + "}" * depth
+
+
+def _nested(draw: random.Random, row: dict[str, Any]) -> bytes:
+    """From what Python still reads to what no parser does."""
+    depth = draw.choice([50, 500, *range(900, 1000), 2000, 100_000])
+    deep = nested(depth, draw.choice("[{"))
+    return json.dumps(row | {_field(draw): "?"}).replace('"?"', deep).encode()
+
+
+def _without(draw: random.Random, row: dict[str, Any]) -> dict[str, Any]:
+    lost = _field(draw)
+    return {k: v for k, v in row.items() if k not in (lost, "label")}
+
+
+def _twice(draw: random.Random, row: dict[str, Any]) -> bytes:
+    """A key that is written twice, with another value."""
+    key = _field(draw)
+    return json.dumps(row)[:-1].encode() + f', "{key}": "{draw.choice(WORDS)} again"}}'.encode()
+
+
+def _huge_number(draw: random.Random, row: dict[str, Any]) -> bytes:
+    key, digits = draw.choice(["score", "label"]), draw.choice([5_000, 50_000])
+    if key == "score":
+        digits = draw.choice([400, digits])
+    return json.dumps({**row, key: "?"}).replace('"?"', "9" * digits).encode()
+
+
+def _bad_byte(draw: random.Random, row: dict[str, Any]) -> bytes:
+    raw, bad = json.dumps(row).encode(), draw.choice([b"\xff", b"\xc0\xaf", b"\xed\xa0\x80"])
+    place = raw.index(b'": "') + 4
+    return raw[:place] + bad + raw[place:]
+
+
+def _cut(draw: random.Random, row: dict[str, Any]) -> bytes:
+    raw = json.dumps(row).encode()
+    return raw[: draw.randrange(1, len(raw))]
+
+
+def _inserted(draw: random.Random, row: dict[str, Any]) -> bytes:
+    """Something that JSON has not, before, behind or between the parts of an object."""
+    raw = json.dumps(row)
+    junk = draw.choice(["\0", "// x", "}", ",", "\x01", "{}", "'", "\\", "\x1b[2J"])
+    place = draw.choice([0, len(raw), 1])
+    return (raw[:place] + junk + raw[place:]).encode()
+
+
+_BROKEN_ROWS: dict[str, Callable[[random.Random, dict[str, Any]], Any]] = {
+    "a value that is no text": _value(
+        7, 1e400, -0.5, True, False, {}, {"text": "a"}, [["a"]], [{}], [None], 10**40
+    ),
+    "nothing in it": _value("", "   ", "\n\t", None, "\u2003"),
+    "NUL": _value("a\0b", "\0"),
+    "half of a surrogate pair": _value("\ud800", "a\udfff b"),
+    "no such field": _without,
+    "no number": _score(
+        float("nan"), float("inf"), float("-inf"), "0.5", True, [1], {"a": 1}, "nan", 10**400
+    ),
+    "no label": _label(1.5, True, "", [1], {"a": 1}, "\0", "\ud800", float("nan")),
+    "scores that do not fit": _scores(
+        [], [1, 2], [float("nan")], ["1"], [True], [[1]], "x", {"a": 1}, [None], [10**400]
+    ),
+}
+
+_BROKEN_BYTES: dict[str, Callable[[random.Random, dict[str, Any]], bytes]] = {
+    "nested": _nested,
+    "a key twice": _twice,
+    "a huge number": _huge_number,
+    "not UTF-8": _bad_byte,
+    "cut off": _cut,
+    "something inserted": _inserted,
+    "not an object": lambda draw, row: draw.choice(
+        [b"[]", b"7", b'"text"', b"null", b"true", b"NaN", b"[{}]", json.dumps([row]).encode()]
+    ),
+    "two objects": lambda draw, row: json.dumps(row).encode() * 2,
+    "another encoding": lambda draw, row: (
+        json.dumps(row).encode(draw.choice(["utf-16", "utf-16-be", "utf-32"])).replace(b"\n", b"")
+    ),
+    "single quotes": lambda draw, row: repr(row).encode(),
+}
+
+_PLACES: tuple[Any, ...] = (
+    "../outside.png", "a/../../outside.png", "/etc/passwd", "/outside.png", "..", ".", "/",
+    "file:///etc/passwd", "FILE:///etc/passwd", "file:outside.png", "data:image/png;base64,AAAA",
+    "http://169.254.169.254/latest/meta-data/", "https://[fd00:ec2::254]/x.png", "http://[::1",
+    "http://127.0.0.1/x.png", "http://2130706433/x.png", "http://0x7f.1/x.png", "ftp://a/x.png",
+    "gopher://127.0.0.1:6379/_x", "s3://bucket/x.png", "hf://datasets/x.png", "jar:file:///x!/y",
+    "http://user:word@example.org/x.png", "https://example.org:99999/x.png", "//host/share/x.png",
+    "\\\\host\\share\\x.png", "..\\outside.png", "C:\\x.png", "x.png\0.txt", "\0", "", "   ",
+    "nothing.png", "\ud800.png", "a" * 300 + ".png", "a/" * 3000 + "x.png", "~/x.png", "~root/x",
+    "$HOME/x.png", "-rf.png", "x.png\nnext.png", "\u202egnp.x", "link-out.png",
+    "link-loop.png", "link-dangling.png", "folder", "folder/", "link-folder/outside.png", "pipe",
+    "link-zero", "empty.png", 7, 1.5, True, {}, {"bytes": None}, {"path": 7}, {"bytes": 7},
+    {"bytes": "AAAA"}, {"path": "../outside.png"}, {"path": {"path": "x"}}, {"path": ""}, [], [[]],
+    [7], [None], {"text": "a", "image": "b"}, lambda draw: "../" * draw.randrange(1, 50) + "etc",
+    lambda draw: f"http://169.254.{draw.randrange(256)}.{draw.randrange(256)}/x.png",
+    lambda draw: f"http://10.{draw.randrange(256)}.0.1:{draw.randrange(1, 65536)}/x.png",
+)  # fmt: skip
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """Bytes that are cut off, flipped, taken out or put in; they may still be in order."""
+    changed = bytearray(data)
+    place = draw.randrange(len(data))
+    match draw.randrange(4):
+        case 0:
+            del changed[place:]
+        case 1:
+            for _ in range(draw.choice([1, 3, 10])):
+                changed[draw.randrange(len(data))] = draw.randrange(256)
+        case 2:
+            del changed[place : place + draw.randrange(1, 50)]
+        case _:
+            changed[place:place] = draw.randbytes(draw.randrange(1, 20))
+    return bytes(changed)
