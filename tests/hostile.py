@@ -215,3 +215,96 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
         case _:
             changed[place:place] = draw.randbytes(draw.randrange(1, 20))
     return bytes(changed)
+
+
+@dataclass(frozen=True)
+class BadSettings:
+    """A file of settings.
+
+    Attributes:
+        kind: What is wrong with it.
+        text: The file.
+        line: Where.
+    """
+
+    kind: str
+    text: bytes
+    line: int
+
+
+GOOD_SETTINGS = (
+    "# a run", "model_name: owner/name", "data_path: rows.jsonl", "lr: 5e-5", "epochs: 2",
+    "tags: [a, 'b: c']", "loss_kwargs:\n  margin: 0.1", "output_dir: runs/a", "",
+)  # fmt: skip
+
+_BAD_FOR_EVERY_KEY = {
+    "NUL": '"a\\0b"',
+    "an escape": '["\\e[2J"]',
+    "a tag": "!!python/object/apply:os.system [id]",
+    "a tag of nobody": "!x 1",
+    "bytes": "!!binary AAAA",
+    "no such anchor": "*nowhere",
+    "in itself": "&a [*a]",
+    "a key twice": "{a: 1, a: 2}",
+    "no key": "{[a]: 1}",
+    "levels": "[" * 60 + "]" * 60,
+    "more levels than Python has": "{a: " * 1000 + "}" * 1000,
+    "not closed": "[a, b",
+    "not opened": "]",
+    "two values": "'a' 'b'",
+    "a number of everything": "99999999999999999999999999999999e999999999 : 1",
+}
+_BAD_NUMBERS = (
+    "x", "''", "[1]", "{a: 1}", "true", ".nan", ".inf", "-.inf", "1e999", "9" * 5000, "-1e3",
+    "0x1F", "1;2", "1 2", "1,5", "٣", "²", "one", "--1", "1e", "1.2.3", "2020-01-01", "12:30:45",
+)  # fmt: skip
+_BAD_SWITCHES = ("maybe", "2", "[true]", "{a: true}", "''", "null", "1.5", "truе")
+_BROKEN_FILES: dict[str, Callable[[bytes], bytes]] = {
+    "not UTF-8": lambda line: line + b" \xff",
+    "another encoding": lambda line: line.decode().encode("utf-16"),
+    "a tab": lambda line: b"\t" + line,
+    "NUL": lambda line: line + b" \0",
+    "an escape": lambda line: line + b" \x1b[2J",
+    "indented": lambda line: b"lr: 1e-4\n    " + line + b"\n  - x: ",
+    "no colon": lambda line: b"model: " + line + b"\nnothing",
+}
+
+
+def bad_settings(
+    numbers: list[str], switches: list[str], keys: list[str], count: int, seed: int
+) -> list[BadSettings]:
+    """Files with one bad line at a random place, `count` of them, all kinds in turns.
+
+    Args:
+        numbers: Keys that take a number only.
+        switches: Keys that are true or false.
+        keys: All keys.
+        count: How many.
+        seed: Of the choice of keys and places.
+    """
+    draw = random.Random(seed)
+    lines = [
+        (f"{kind}, {key}", f"{key}: {value}".encode())
+        for kind, value in _BAD_FOR_EVERY_KEY.items()
+        for key in draw.sample(keys, 25)
+    ]
+    lines += [("number", f"{draw.choice(numbers)}: {v}".encode()) for v in _BAD_NUMBERS * 8]
+    lines += [("switch", f"{draw.choice(switches)}: {v}".encode()) for v in _BAD_SWITCHES * 6]
+    lines += [("unknown", f"{_misspelt(draw.choice(keys), draw)}: 1".encode()) for _ in range(60)]
+    lines += [(kind, broken(f"{draw.choice(numbers)}: 7".encode()))
+              for kind, broken in _BROKEN_FILES.items() for _ in range(5)]  # fmt: skip
+    draw.shuffle(lines)
+    made = []
+    for kind, line in lines[:count]:
+        key = line.partition(b":")[0].decode("utf-8", "replace")
+        before = [text for text in GOOD_SETTINGS if not text.startswith(key)]
+        after = [before.pop() for _ in range(draw.randrange(len(before)))]
+        start = "\n".join([*before, ""]).encode()
+        text = b"\n".join([start + line, "\n".join(after).encode()])
+        made.append(BadSettings(kind, text, start.count(b"\n") + 1))
+    return made
+
+
+def _misspelt(key: str, draw: random.Random) -> str:
+    place = draw.randrange(len(key))
+    return f"{key[:place]}{draw.choice('qxz')}{key[place:]}"

@@ -21,10 +21,11 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    field_validator,
 )
 from pydantic_core import ErrorDetails
 
-from vembed.errors import ConfigError, did_you_mean
+from vembed.errors import ConfigError, did_you_mean, find_control_character, shorten
 from vembed.image_urls import read_host
 from vembed.images import MOST_PIXELS
 
@@ -74,9 +75,18 @@ def _split_trackers(value: Any) -> Any:
     return list(get_args(Tracker)) if words == ["all"] else list(dict.fromkeys(words))
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
+MOST = 2**31 - 1
+"""The highest number that a setting counts to."""
+
+Int = Annotated[int, BeforeValidator(_no_bool), Field(le=MOST)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
+
+
+def _read_digits(value: Any) -> Any:
+    """The number that a text of digits is; anything else untouched."""
+    is_number = isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,10}\s*", value)
+    return int(value) if is_number else value
 
 
 def _whole_or_auto(least: int) -> Callable[[Any], Any]:
@@ -85,9 +95,8 @@ def _whole_or_auto(least: int) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if value is None or value == "auto":
             return value
-        if isinstance(value, str) and value.strip().isdigit():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        value = _read_digits(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
             raise ValueError(f"expected auto or a whole number of at least {least}")
         return value
 
@@ -133,12 +142,10 @@ def _number_or_numbers(value: Any) -> Any:
     if value is None:
         return value
     several, rule = isinstance(value, list), "expected a whole number of at least 1, or a list"
-    numbers = [
-        int(n) if isinstance(n, str) and n.strip().isdigit() else n
-        for n in (value if several else [value])
-    ]
+    least = 0 if several else 1
+    numbers = [_read_digits(n) for n in (value if several else [value])]
     for n in numbers:
-        if isinstance(n, bool) or not isinstance(n, int) or n < (0 if several else 1):
+        if isinstance(n, bool) or not isinstance(n, int) or not least <= n <= MOST:
             raise ValueError(f"{rule} of whole numbers, as in [0, 2, 4]")
     return numbers if several else numbers[0]
 
@@ -218,7 +225,13 @@ class TrainConfig(BaseModel):
     A value that does not fit, given here or assigned later, raises ConfigError.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        protected_namespaces=(),
+        # Else an infinity in the arguments of a loss would be saved as null.
+        ser_json_inf_nan="constants",
+    )
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -531,7 +544,9 @@ class TrainConfig(BaseModel):
     max_grad_norm: Float = Field(
         1.0, ge=0, description="Gradient norm is clipped to this; 0 does not clip"
     )
-    seed: Int = Field(42, ge=0, description="Seed of everything random")
+    seed: Annotated[int, BeforeValidator(_no_bool)] = Field(
+        42, ge=0, le=2**32 - 1, description="Seed of everything random"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Autocast type of forward and backward"
     )
@@ -614,6 +629,13 @@ class TrainConfig(BaseModel):
     tags: Patterns = Field(default_factory=list, description="Tags in the trackers that have them")
     progress: bool = Field(True, description="Show progress bars")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_characters(cls, value: Any) -> Any:
+        if (character := _find_control_character(value)) is not None:
+            raise ValueError(f"must not contain the character {character}")
+        return value
+
     def __init__(self, **settings: Any) -> None:
         values, problems = merge_spellings(Setting(*item) for item in settings.items())
         try:
@@ -689,6 +711,17 @@ class TrainConfig(BaseModel):
             ConfigError: listing every unknown key and unfit value.
         """
         return config if isinstance(config, TrainConfig) else cls(**config)
+
+
+def _find_control_character(value: Any) -> str | None:
+    """The first one in a text, or in the texts of a list or mapping; see `vembed.errors`."""
+    if isinstance(value, str):
+        return find_control_character(value)
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if not isinstance(value, list | tuple):
+        return None
+    return next((c for c in map(_find_control_character, value) if c is not None), None)
 
 
 def merge_spellings(settings: Iterable[Setting]) -> tuple[dict[str, Setting], list[Problem]]:
@@ -1129,4 +1162,4 @@ def _rule(detail: ErrorDetails) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    return str(value).lower() if isinstance(value, bool) else shorten(repr(value), most=200)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
 
 _WAIT_FOR_FIRST_PROCESS_S = 3.0
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 class VembedError(Exception):
@@ -75,6 +77,15 @@ def exit_status(program: Callable[[], int]) -> int:
         if not rank:
             sys.stderr.write("vembed: interrupted\n")
         return 130
+
+
+def find_control_character(text: str) -> str | None:
+    """The first character of a text that no name, path or prompt has, as it is shown; else None.
+
+    NUL, escapes that a terminal would obey, and halves of surrogate pairs; not tabs or line breaks.
+    """
+    found = _CONTROL.search(text)
+    return None if found is None else ascii(found.group())
 
 
 def shorten(text: str, *, quote: bool = False, most: int = 80) -> str:

@@ -73,13 +73,12 @@ def parse_json_line(raw: bytes) -> Mapping[str, Any] | RowProblem | None:
         values = json.loads(text, object_pairs_hook=_each_key_once)
     except RowProblem as problem:
         return problem
-    except json.JSONDecodeError as error:
-        received = f"{shorten(text, quote=True)}, broken at column {error.colno} ({error.msg})"
-        return RowProblem("line", rule, received, advice=advice)
     except (ValueError, RecursionError) as error:
-        # A number of thousands of digits; brackets nested thousands deep.
-        received = f"{shorten(text, quote=True)} ({shorten(str(error))})"
-        return RowProblem("line", rule, received, advice=advice)
+        # No JSON; or a number of thousands of digits; or brackets nested thousands deep.
+        reason = f" ({shorten(str(error))})"
+        if isinstance(error, json.JSONDecodeError):
+            reason = f", broken at column {error.colno} ({error.msg})"
+        return RowProblem("line", rule, shorten(text, quote=True) + reason, advice=advice)
     if not isinstance(values, dict):
         return RowProblem("line", rule, describe(values), advice=advice)
     return values

@@ -350,15 +350,14 @@ class TestComplaints:
                     "token"
                 ],
             ),
-            ("lr: !!python/name:os.system", ["train.yaml:1: lr: expected a number. Received: ''"]),
             (
-                "loss_kwargs: {a: !!python/name:os.system }",
+                "lr: !!python/name:os.system",
                 [
-                    "train.yaml:1:18: not valid YAML: could not determine a constructor for the "
-                    "tag 'tag:yaml.org,2002:python/name:os.system'"
+                    "train.yaml:1: the tag 'python/name:os.system' has no meaning in settings. "
+                    "Remove it"
                 ],
             ),
-            (b"lr: \xff", ["train.yaml: not UTF-8 text (byte 4)"]),
+            (b"lr: \xff", ["train.yaml:1: not UTF-8 text (byte 4)"]),
             (
                 "lr: 1\nlearning_rate: 2",
                 [
