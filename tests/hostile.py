@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tests.pictures import encode, flipped_png, huge_png, noise, picture, plain
 from tests.tiny import PAIRS, WORDS
 
 MODES = ("t2t", "t2i")
@@ -308,3 +309,72 @@ def bad_settings(
 def _misspelt(key: str, draw: random.Random) -> str:
     place = draw.randrange(len(key))
     return f"{key[:place]}{draw.choice('qxz')}{key[place:]}"
+
+
+def bad_images(seed: int) -> dict[str, bytes]:
+    """More than a hundred files by name, none of which is a picture that can be shown whole."""
+    draw = random.Random(seed)
+    found = {}
+    for kind, files in {
+        "cut": _cut_images(draw),
+        "huge": _huge_images(),
+        "flipped": [flipped_png(seed=n) for n in range(10)],
+        "foreign": _foreign_files(draw),
+        "hollow": _hollow_images(),
+    }.items():
+        found |= {f"{kind}-{number}.png": data for number, data in enumerate(files)}
+    return found
+
+
+def _cut_images(draw: random.Random) -> list[bytes]:
+    whole = [encode(noise(), format) for format in ("JPEG", "PNG", "WEBP", "BMP", "GIF")]
+    whole.append(encode(noise(), "JPEG", progressive=True))
+    whole.append(encode(noise(), "WEBP", lossless=True))
+    return [data[: int(len(data) * draw.uniform(0.02, 0.9))] for data in whole for _ in range(6)]
+
+
+def _huge_images() -> list[bytes]:
+    """Claims of more pixels than anybody may hold: with the pixels behind them, or without."""
+    claims = [huge_png(*size) for size in [
+        (10_000, 5_001), (100_000, 99_000), (2**31 - 1, 2**31 - 1), (1, 2**31 - 1), (50_000_001, 1),
+    ]]  # fmt: skip
+    for format, place, size in (
+        ("GIF", 6, b"\xff\xff\xff\xff"),
+        ("BMP", 18, b"\xff\xff\x0f\0" * 2),
+    ):
+        data = picture(format=format)
+        claims.append(data[:place] + size + data[place + len(size) :])
+    jpeg = picture(format="JPEG")
+    frame = jpeg.index(b"\xff\xc0") + 5
+    claims.append(jpeg[:frame] + b"\xff\xdc\xff\xdc" + jpeg[frame + 4 :])
+    return [*claims, encode(plain(1, (8000, 6500), "1")), encode(plain(0, (7100, 7100), "L"))]
+
+
+def _foreign_files(draw: random.Random) -> list[bytes]:
+    starts = (
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF", "%PDF-1.7", "<svg/>", "<html>",
+        "GIF", "PK\x03\x04", "\x7fELF", "{}", "", "\0" * 100, "cos\nsystem\n(S'id'\ntR.",
+        "#!/bin/sh",
+        "push graphic-context\nviewbox 0 0 9 9\nfill 'url(https://127.0.0.1/x\"|id\")'\n",
+    )  # fmt: skip
+    films = [b"\0\0\0\x20ftyp" + kind + bytes(99) for kind in (b"avif", b"heic", b"mp42")]
+    others = [encode(plain(), kind) for kind in ("TIFF", "ICO", "PPM", "TGA", "PCX", "SGI", "PDF")]
+    junk = [draw.randbytes(draw.randrange(1, 2000)) for _ in range(20)]
+    return [*(start.encode("latin-1") for start in starts), *films, *others, *junk]
+
+
+def _hollow_images() -> list[bytes]:
+    """Files of a format that lack what an image has."""
+    png, jpeg, gif, bmp, webp = (picture(format=f) for f in ("PNG", "JPEG", "GIF", "BMP", "WEBP"))
+    pixels = png.index(b"IDAT") - 4
+    tables = jpeg.index(b"\xff\xda")
+    return [
+        png[:8], png[:pixels], png[:pixels] + png[-12:], png[:16] + bytes(8) + png[24:],
+        png[:8] + png[-12:], png[:-12] + b"\0" * 12, png[:37] + b"\xff\xff\xff\xff" + png[41:],
+        jpeg[:2], jpeg[:3] + b"\xd9", jpeg[:tables], jpeg[:tables] + b"\xff\xd9",
+        b"\xff\xd8" + b"\xff\xe0\xff\xff" * 100, b"\xff\xd8\xff\xd9", gif[:6], gif[:13],
+        gif[:13] + b";", gif[:6] + bytes(4) + gif[10:13] + b";", bmp[:14], bmp[:30],
+        bmp[:18] + bytes(8) + bmp[26:], bmp[:28] + b"\x07\0" + bmp[30:], webp[:12], webp[:20],
+        webp[:12] + b"VP8X" + bytes(20), b"RIFF\xff\xff\xff\xffWEBPVP8 " + b"\xff" * 50,
+        b"BM" + b"\xff" * 100, b"GIF89a" + b"\xff" * 100, b"\x89PNG\r\n\x1a\n" + b"\xff" * 100,
+    ]  # fmt: skip

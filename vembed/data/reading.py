@@ -51,7 +51,7 @@ def read_jsonl(path: str) -> Iterator[RawRow]:
         DataError: if the file cannot be read.
     """
     with _open_binary(path) as (file, done):
-        for line, raw in _bounded_lines(file):
+        for line, raw in bounded_lines(file):
             if isinstance(raw, RowProblem):
                 yield RawRow(line, raw, done())
                 return
@@ -279,7 +279,7 @@ def _open_binary(path: str) -> Iterator[tuple[BinaryFile, Callable[[], float]]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]:
+def bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]:
     """Lines with their numbers from 1; one that is too long ends the reading."""
     line = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
@@ -300,7 +300,7 @@ def _bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]
 
 
 def _text_lines(file: BinaryFile) -> Iterator[str]:
-    for _, raw in _bounded_lines(file):
+    for _, raw in bounded_lines(file):
         text = raw if isinstance(raw, RowProblem) else decode_text(raw)
         if isinstance(text, RowProblem):
             raise text
@@ -380,7 +380,7 @@ def _read_qrels(folder: str, split: str) -> dict[str, list[str]]:
         )
     relevant: dict[str, list[str]] = {}
     with _open_binary(str(path)) as (file, _):
-        for line, raw in _bounded_lines(file):
+        for line, raw in bounded_lines(file):
             text = raw if isinstance(raw, RowProblem) else decode_text(raw)
             judgement = text if isinstance(text, RowProblem) else _judgement(line, text)
             if isinstance(judgement, RowProblem):
