@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 from vembed.errors import ConfigError, did_you_mean, find_control_character, shorten
 from vembed.image_urls import read_host
 from vembed.images import MOST_PIXELS
+from vembed.redaction import redact
 
 ALIASES = {"learning_rate": "lr", "model_name_or_path": "model_name"}
 """Other spellings that are accepted, each with the key that it stands for."""
@@ -695,6 +696,11 @@ class TrainConfig(BaseModel):
         if name not in cls.model_fields:
             raise KeyError(key)
         return name
+
+    def redacted(self) -> dict[str, Any]:
+        """Every setting as JSON has it, without secrets: what may be written down or sent away."""
+        settings: dict[str, Any] = redact(self.model_dump(mode="json"))
+        return settings
 
     @property
     def model_label(self) -> str:
