@@ -257,7 +257,9 @@ class TrainConfig(BaseModel):
         None, description="Hub revision (commit, tag or branch) of the model"
     )
     trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with a hub model; needs revision"
+        False,
+        description="Run Python code that comes with the model or its teacher; of a hub model, the "
+        "revision must be a commit",
     )
     pooling_method: PoolingMethod | None = Field(
         None,
@@ -794,13 +796,8 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
 
 
 def _model_conflicts(config: TrainConfig) -> Iterator[Problem]:
-    is_folder = config.model_name is not None and os.path.isdir(config.model_name)
-    if config.trust_remote_code and config.revision is None and not is_folder:
-        yield Problem(
-            ("trust_remote_code", "revision", "model_name"),
-            "runs code from the hub, so it needs a revision that fixes which code. "
-            "Set revision to a commit",
-        )
+    if config.trust_remote_code:
+        yield from _remote_code_conflicts(config)
     if config.attn_implementation == "flash_attention_2" and (
         config.torch_dtype == "float32" and config.mixed_precision == "no"
     ):
@@ -809,6 +806,43 @@ def _model_conflicts(config: TrainConfig) -> Iterator[Problem]:
             "flash_attention_2 computes in 16 bits only. "
             "Set mixed_precision: bf16, or torch_dtype: bfloat16",
         )
+
+
+_REVISIONS = {
+    "model_name": "revision",
+    "teacher_model_name": "teacher_revision",
+    "text_model_name": None,
+    "image_model_name": None,
+}
+"""Models whose code `trust_remote_code` lets run, with the setting that says which code."""
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is the name of one commit; branches and tags move."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def _remote_code_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    """Code of the hub runs only where a commit says which code."""
+    composed = config.text_model_name is not None or config.image_model_name is not None
+    for key, revision in _REVISIONS.items():
+        name = config[key]
+        if name is None and (key != "model_name" or composed):
+            continue
+        if name is not None and (name.startswith("package:") or os.path.isdir(name)):
+            continue
+        if revision is None:
+            yield Problem(
+                ("trust_remote_code", key),
+                f"runs code from the hub, but no setting says which revision of {key}. Download "
+                "the model, and name its folder",
+            )
+        elif not is_commit(config[revision]):
+            yield Problem(
+                ("trust_remote_code", revision, key),
+                f"runs code from the hub, so it needs a revision that fixes which code. Set "
+                f"{revision} to a commit, of 40 letters and digits",
+            )
 
 
 def _lora_conflicts(config: TrainConfig) -> Iterator[Problem]:

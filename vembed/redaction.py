@@ -53,7 +53,8 @@ _FORMS = re.compile(
     """,
     re.VERBOSE | re.DOTALL,
 )
-_URL_USER = re.compile(r"(?P<kept>[a-z][a-z0-9+.-]*://)[^/?#\s'\"@]+@", re.IGNORECASE)
+# A path takes one of two slashes away.
+_URL_USER = re.compile(r"(?P<kept>[a-z][a-z0-9+.-]+:/{1,2})[^/?#\s'\"@]+@", re.IGNORECASE)
 _URL_QUERY = re.compile(
     r"(?P<kept>[?&][\w.-]*(?:token|key|secret|password|signature|\bsig|credential)[\w.-]*=)[^&\s'\"]+",
     re.IGNORECASE,

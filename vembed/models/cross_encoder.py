@@ -16,6 +16,7 @@ import torch
 
 from vembed.chunking import count_tokens, plan_chunks, take_rows
 from vembed.errors import CheckpointError, ConfigError
+from vembed.models.weights import UNREADABLE
 
 _SUFFIX = "ForSequenceClassification"
 
@@ -33,9 +34,20 @@ class CrossEncoder:
     """A transformers model with a head of one number, and its tokenizer."""
 
     def __init__(
-        self, folder: str, *, torch_dtype: str = "float32", device: torch.device | str = "cpu"
+        self,
+        folder: str,
+        *,
+        torch_dtype: str = "float32",
+        trust_remote_code: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Load it, in eval mode.
+
+        Args:
+            folder: The model's.
+            torch_dtype: Type of the weights.
+            trust_remote_code: Run Python code in the folder, after `check_remote_code`.
+            device: Where it runs.
 
         Raises:
             CheckpointError: if its files cannot be read.
@@ -43,12 +55,14 @@ class CrossEncoder:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        # Left unset, transformers would ask on the terminal whether code may run.
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         try:
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch_dtype, local_files_only=True
+                folder, dtype=torch_dtype, **options
             )
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+        except (*UNREADABLE, ValueError) as error:
             raise CheckpointError(
                 f"{folder}: cannot be read as a cross-encoder ({error})"
             ) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vembed.errors import CheckpointError
 from vembed.models.checkpoint_format import NO_POOLING, OWN_POOLING, TOKEN_INPUT
+from vembed.models.weights import UNREADABLE
 
 _PLACES = ("sentence_embedding", TOKEN_INPUT)
 _PLAIN = {
@@ -168,11 +169,14 @@ def _activation(folder: Path, path: str | None) -> type[nn.Module]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
-    if (folder / "pytorch_model.bin").is_file():
-        weights: dict[str, Tensor] = torch.load(
-            folder / "pytorch_model.bin", map_location="cpu", weights_only=True
-        )
-        return weights
+    try:
+        if (folder / "model.safetensors").is_file():
+            return load_file(folder / "model.safetensors")
+        if (folder / "pytorch_model.bin").is_file():
+            weights: dict[str, Tensor] = torch.load(
+                folder / "pytorch_model.bin", map_location="cpu", weights_only=True
+            )
+            return weights
+    except (*UNREADABLE, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
     raise CheckpointError(f"{folder}: no model.safetensors")

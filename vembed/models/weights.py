@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from safetensors import SafetensorError
@@ -15,6 +16,9 @@ from transformers import AutoModel
 from vembed.errors import CheckpointError, ConfigError
 from vembed.models.merging import merged
 from vembed.models.quantization import quantization_options
+
+UNREADABLE = (OSError, EOFError, SafetensorError, UnpicklingError)
+"""What reading a file of weights raises where it is damaged, or would run code."""
 
 _TALKATIVE = ("modeling_utils", "configuration_utils")
 
@@ -51,7 +55,7 @@ def load_backbone(
                 ignore_mismatched_sizes=True,  # reported below, together with what is missing
                 **options,
             )
-    except (OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{folder}: transformers cannot load this model ({error})") from error

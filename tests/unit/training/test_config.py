@@ -144,7 +144,7 @@ OTHER = {
 NEEDS = {
     "text_model_name": {"image_model_name": "i"},
     "image_model_name": {"text_model_name": "t"},
-    "trust_remote_code": {"revision": "abc"},
+    "trust_remote_code": {"revision": "0a" * 20},
     **dict.fromkeys(
         ["use_dora", "use_rslora", "lora_quantization", "adapter_path"], {"use_lora": "true"}
     ),
