@@ -3,6 +3,7 @@
 import json
 import random
 import string
+import subprocess
 
 import pytest
 import yaml
@@ -50,7 +51,6 @@ def config_file(tmp_path, tiny_st_path):
         "logging_steps": 1,
         "output_dir": "run",
         "report_to": ["wandb", "tensorboard", "swanlab"],
-        "run_name": f"run of {ENVIRONMENT['HF_TOKEN']}",
         "project_name": f"p-{BY_FORM}",
     }
     (tmp_path / "train.yaml").write_text(yaml.safe_dump(settings))
@@ -62,11 +62,15 @@ def found(text: str) -> list[str]:
 
 
 def test_a_run_leaves_none_behind(vembed, tmp_path, config_file):
+    remote = f"https://me:{IN_URL}@example.org/code.git"
+    for command in (["init", "-q"], ["remote", "add", "origin", remote]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    tags = [BY_FORM, f"'https://me:{IN_URL}@example.org'", *list(ENVIRONMENT.values())[::2]]
     done = vembed(
         "train", "--config", config_file, "--config_override",
         f"batch_sampler_kwargs={{api_key: {BY_NAME}}}",
-        f"tags=['{BY_FORM}', 'https://me:{IN_URL}@example.org', '{ENVIRONMENT['MY_DB_PASSWORD']}']",
-        "--query_prompt", f"{ENVIRONMENT['WANDB_API_KEY']}: ",
+        f"tags=[{', '.join(tags)}]",
+        "--run_name", f"run of {ENVIRONMENT['WANDB_API_KEY']}",
         PYTHONPATH=str(tmp_path), WANDB_MODE="offline", SWANLAB_MODE="offline",
         WANDB_SILENT="true", **ENVIRONMENT,
     )  # fmt: skip

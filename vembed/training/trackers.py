@@ -6,6 +6,8 @@ import importlib.util
 import logging
 import netrc
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from vembed.redaction import HIDDEN, command_line_redacted, redact, redact_text
 
 logger = logging.getLogger(__name__)
 
+_GIT_TIMEOUT_S = 5
 _PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "swanlab": "swanlab"}
 
 
@@ -40,6 +43,10 @@ def tracker_arguments(
     if name == "swanlab":
         logdir = str(Path(output_dir) / "swanlog")
         arguments = {"experiment_name": run_name, "tags": tags, "logdir": logdir}
+        # It reads the command and the repository by itself, whatever sys.argv says.
+        probe = {"runtime": redact(sys.argv) == sys.argv, "git": not _repository_has_secret()}
+        if not all(probe.values()):
+            arguments["settings"] = {"probe": probe}
         return arguments if _swanlab_knows_the_user() else {**arguments, "mode": "offline"}
     return {}
 
@@ -98,6 +105,21 @@ def _report_failure(name: str, error: Exception) -> None:
 def _plain(value: Any) -> Any:
     """Tensorboard takes scalars and strings only."""
     return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def _repository_has_secret() -> bool:
+    """Whether the address of the repository that this is run in holds a password."""
+    try:
+        found = subprocess.run(
+            ["git", "config", "--get", "remote.origin.url"],
+            capture_output=True,
+            timeout=_GIT_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    url = found.stdout.decode("utf-8", "replace")
+    return redact_text(url) != url
 
 
 def _wandb_knows_the_user() -> bool:
