@@ -287,7 +287,7 @@ def bad_settings(
     lines = [
         (f"{kind}, {key}", f"{key}: {value}".encode())
         for kind, value in _BAD_FOR_EVERY_KEY.items()
-        for key in draw.sample(keys, 25)
+        for key in draw.choices(keys, k=25)
     ]
     lines += [("number", f"{draw.choice(numbers)}: {v}".encode()) for v in _BAD_NUMBERS * 8]
     lines += [("switch", f"{draw.choice(switches)}: {v}".encode()) for v in _BAD_SWITCHES * 6]

@@ -120,7 +120,7 @@ def test_it_says_where_the_vectors_are(encode, tmp_path, capsys):
             "rows.jsonl",
             '{"txt": "a"}\n',
             [],
-            "no column 'text' (did you mean 'txt'?). Columns: txt. Name one with --column",
+            "no column 'text' (did you mean 'txt'?). Columns: 'txt'. Name one with --column",
         ),
         ("rows.jsonl", '{"text": "a"}\n', ["--id_column", "k"], "Name one with --id_column"),
         ("rows.jsonl", '{"text": "a", "id": "x\\ny"}\n', [], "id: expected an id in one line"),

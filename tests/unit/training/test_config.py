@@ -427,6 +427,7 @@ class TestSaving:
         settings = {key: value for key, (_, value) in OTHER.items()} | extra
         settings |= {
             "mrl_dims": [16, 8],
+            "teacher_revision": "0a" * 20,
             "ddp_static_graph": False,
             "streaming": False,
             "text_model_name": None,
