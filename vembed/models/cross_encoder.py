@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from vembed.chunking import count_tokens, plan_chunks, take_rows
 from vembed.errors import CheckpointError, ConfigError
+from vembed.models.json_files import read_object
 from vembed.models.weights import UNREADABLE
 
 _SUFFIX = "ForSequenceClassification"
@@ -23,11 +23,8 @@ _SUFFIX = "ForSequenceClassification"
 
 def is_cross_encoder(folder: str | Path) -> bool:
     """Whether a model's folder says that it classifies sequences, as cross-encoders do."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return False
-    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
-    return any(name.endswith(_SUFFIX) for name in architectures)
+    architectures = read_object(Path(folder) / "config.json").get("architectures") or []
+    return any(str(name).endswith(_SUFFIX) for name in architectures)
 
 
 class CrossEncoder:

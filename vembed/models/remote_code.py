@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from vembed.config import is_commit
 from vembed.errors import ConfigError
+from vembed.models.json_files import read_object
 
 _FILES = (
     "config.json",
@@ -44,10 +44,7 @@ def check_remote_code(model_name: str, path: str | Path, revision: str | None) -
 
 def _auto_map(file: Path) -> list[str]:
     """Where a file of settings says that classes are, as `module.Class` or `owner/name--...`."""
-    if not file.is_file():
-        return []
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    places = settings.get("auto_map") if isinstance(settings, dict) else None
+    places = read_object(file).get("auto_map")
     listed = places.values() if isinstance(places, dict) else []
     nested = [place if isinstance(place, list | tuple) else [place] for place in listed]
     return [place for places in nested for place in places if isinstance(place, str)]

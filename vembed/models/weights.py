@@ -9,6 +9,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -59,6 +60,13 @@ def load_backbone(
         raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{folder}: transformers cannot load this model ({error})") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Of a config.json that no model can have, it raises whatever happens to it.
+        raise CheckpointError(
+            f"{folder}: transformers cannot load this model ({type(error).__name__}: {error})"
+        ) from error
     lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     lost += sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if lost:
