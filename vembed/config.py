@@ -21,12 +21,14 @@ from pydantic import (
     Field,
     PrivateAttr,
     ValidationError,
+    field_validator,
 )
 from pydantic_core import ErrorDetails
 
-from vembed.errors import ConfigError, did_you_mean
+from vembed.errors import ConfigError, did_you_mean, find_control_character, shorten
 from vembed.image_urls import read_host
 from vembed.images import MOST_PIXELS
+from vembed.redaction import redact
 
 ALIASES = {"learning_rate": "lr", "model_name_or_path": "model_name"}
 """Other spellings that are accepted, each with the key that it stands for."""
@@ -74,9 +76,18 @@ def _split_trackers(value: Any) -> Any:
     return list(get_args(Tracker)) if words == ["all"] else list(dict.fromkeys(words))
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
+MOST = 2**31 - 1
+"""The highest number that a setting counts to."""
+
+Int = Annotated[int, BeforeValidator(_no_bool), Field(le=MOST)]
 Float = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
+
+
+def _read_digits(value: Any) -> Any:
+    """The number that a text of digits is; anything else untouched."""
+    is_number = isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,10}\s*", value)
+    return int(value) if is_number else value
 
 
 def _whole_or_auto(least: int) -> Callable[[Any], Any]:
@@ -85,9 +96,8 @@ def _whole_or_auto(least: int) -> Callable[[Any], Any]:
     def read(value: Any) -> Any:
         if value is None or value == "auto":
             return value
-        if isinstance(value, str) and value.strip().isdigit():
-            value = int(value)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        value = _read_digits(value)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
             raise ValueError(f"expected auto or a whole number of at least {least}")
         return value
 
@@ -133,12 +143,10 @@ def _number_or_numbers(value: Any) -> Any:
     if value is None:
         return value
     several, rule = isinstance(value, list), "expected a whole number of at least 1, or a list"
-    numbers = [
-        int(n) if isinstance(n, str) and n.strip().isdigit() else n
-        for n in (value if several else [value])
-    ]
+    least = 0 if several else 1
+    numbers = [_read_digits(n) for n in (value if several else [value])]
     for n in numbers:
-        if isinstance(n, bool) or not isinstance(n, int) or n < (0 if several else 1):
+        if isinstance(n, bool) or not isinstance(n, int) or not least <= n <= MOST:
             raise ValueError(f"{rule} of whole numbers, as in [0, 2, 4]")
     return numbers if several else numbers[0]
 
@@ -218,7 +226,13 @@ class TrainConfig(BaseModel):
     A value that does not fit, given here or assigned later, raises ConfigError.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        protected_namespaces=(),
+        # Else an infinity in the arguments of a loss would be saved as null.
+        ser_json_inf_nan="constants",
+    )
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
@@ -243,7 +257,9 @@ class TrainConfig(BaseModel):
         None, description="Hub revision (commit, tag or branch) of the model"
     )
     trust_remote_code: bool = Field(
-        False, description="Run Python code that comes with a hub model; needs revision"
+        False,
+        description="Run Python code that comes with the model or its teacher; of a hub model, the "
+        "revision must be a commit",
     )
     pooling_method: PoolingMethod | None = Field(
         None,
@@ -538,7 +554,9 @@ class TrainConfig(BaseModel):
     max_grad_norm: Float = Field(
         1.0, ge=0, description="Gradient norm is clipped to this; 0 does not clip"
     )
-    seed: Int = Field(42, ge=0, description="Seed of everything random")
+    seed: Annotated[int, BeforeValidator(_no_bool)] = Field(
+        42, ge=0, le=2**32 - 1, description="Seed of everything random"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Autocast type of forward and backward"
     )
@@ -621,6 +639,13 @@ class TrainConfig(BaseModel):
     tags: Patterns = Field(default_factory=list, description="Tags in the trackers that have them")
     progress: bool = Field(True, description="Show progress bars")
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_characters(cls, value: Any) -> Any:
+        if (character := _find_control_character(value)) is not None:
+            raise ValueError(f"must not contain the character {character}")
+        return value
+
     def __init__(self, **settings: Any) -> None:
         values, problems = merge_spellings(Setting(*item) for item in settings.items())
         try:
@@ -681,6 +706,11 @@ class TrainConfig(BaseModel):
             raise KeyError(key)
         return name
 
+    def redacted(self) -> dict[str, Any]:
+        """Every setting as JSON has it, without secrets: what may be written down or sent away."""
+        settings: dict[str, Any] = redact(self.model_dump(mode="json"))
+        return settings
+
     @property
     def model_label(self) -> str:
         """The model as people call it: its name, or the names of the two that are put together."""
@@ -696,6 +726,17 @@ class TrainConfig(BaseModel):
             ConfigError: listing every unknown key and unfit value.
         """
         return config if isinstance(config, TrainConfig) else cls(**config)
+
+
+def _find_control_character(value: Any) -> str | None:
+    """The first one in a text, or in the texts of a list or mapping; see `vembed.errors`."""
+    if isinstance(value, str):
+        return find_control_character(value)
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if not isinstance(value, list | tuple):
+        return None
+    return next((c for c in map(_find_control_character, value) if c is not None), None)
 
 
 def merge_spellings(settings: Iterable[Setting]) -> tuple[dict[str, Setting], list[Problem]]:
@@ -762,13 +803,8 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
 
 
 def _model_conflicts(config: TrainConfig) -> Iterator[Problem]:
-    is_folder = config.model_name is not None and os.path.isdir(config.model_name)
-    if config.trust_remote_code and config.revision is None and not is_folder:
-        yield Problem(
-            ("trust_remote_code", "revision", "model_name"),
-            "runs code from the hub, so it needs a revision that fixes which code. "
-            "Set revision to a commit",
-        )
+    if config.trust_remote_code:
+        yield from _remote_code_conflicts(config)
     if config.attn_implementation == "flash_attention_2" and (
         config.torch_dtype == "float32" and config.mixed_precision == "no"
     ):
@@ -777,6 +813,43 @@ def _model_conflicts(config: TrainConfig) -> Iterator[Problem]:
             "flash_attention_2 computes in 16 bits only. "
             "Set mixed_precision: bf16, or torch_dtype: bfloat16",
         )
+
+
+_REVISIONS = {
+    "model_name": "revision",
+    "teacher_model_name": "teacher_revision",
+    "text_model_name": None,
+    "image_model_name": None,
+}
+"""Models whose code `trust_remote_code` lets run, with the setting that says which code."""
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is the name of one commit; branches and tags move."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def _remote_code_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    """Code of the hub runs only where a commit says which code."""
+    composed = config.text_model_name is not None or config.image_model_name is not None
+    for key, revision in _REVISIONS.items():
+        name = config[key]
+        if name is None and (key != "model_name" or composed):
+            continue
+        if name is not None and (name.startswith("package:") or os.path.isdir(name)):
+            continue
+        if revision is None:
+            yield Problem(
+                ("trust_remote_code", key),
+                f"runs code from the hub, but no setting says which revision of {key}. Download "
+                "the model, and name its folder",
+            )
+        elif not is_commit(config[revision]):
+            yield Problem(
+                ("trust_remote_code", revision, key),
+                f"runs code from the hub, so it needs a revision that fixes which code. Set "
+                f"{revision} to a commit, of 40 letters and digits",
+            )
 
 
 def _lora_conflicts(config: TrainConfig) -> Iterator[Problem]:
@@ -1139,4 +1212,4 @@ def _rule(detail: ErrorDetails) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "null"
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+    return str(value).lower() if isinstance(value, bool) else shorten(repr(value), most=200)

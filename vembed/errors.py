@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable
 
+from vembed.redaction import redact_text
+
 _WAIT_FOR_FIRST_PROCESS_S = 3.0
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff]")
 
 
 class VembedError(Exception):
@@ -69,12 +73,27 @@ def exit_status(program: Callable[[], int]) -> int:
         if rank:
             time.sleep(_WAIT_FOR_FIRST_PROCESS_S)
         if not (rank and error.is_shared):
-            sys.stderr.write(f"vembed{f' (process {rank})' if rank else ''}: {error}\n")
+            message = _visible(redact_text(str(error)))
+            sys.stderr.write(f"vembed{f' (process {rank})' if rank else ''}: {message}\n")
         return error.exit_code
     except KeyboardInterrupt:
         if not rank:
             sys.stderr.write("vembed: interrupted\n")
         return 130
+
+
+def _visible(message: str) -> str:
+    """A message whose characters a terminal shows rather than obeys."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], message)
+
+
+def find_control_character(text: str) -> str | None:
+    """The first character of a text that no name, path or prompt has, as it is shown; else None.
+
+    NUL, escapes that a terminal would obey, and halves of surrogate pairs; not tabs or line breaks.
+    """
+    found = _CONTROL.search(text)
+    return None if found is None else ascii(found.group())
 
 
 def shorten(text: str, *, quote: bool = False, most: int = 80) -> str:

@@ -102,7 +102,7 @@ def test_it_says_where_the_vectors_are(encode, tmp_path, capsys):
     [
         ("rows.txt", "", [], "rows.txt: no rows in it"),
         ("no.txt", None, [], "no.txt: cannot be read: No such file or directory"),
-        ("rows.txt", b"a\n\xff\n", [], "rows.txt:2: not UTF-8 text"),
+        ("rows.txt", b"a\n\xff\n", [], "rows.txt:2: line: must be UTF-8"),
         (
             "rows.jsonl",
             '{"text": "a"}\n{"text": 3}\n',
@@ -120,7 +120,7 @@ def test_it_says_where_the_vectors_are(encode, tmp_path, capsys):
             "rows.jsonl",
             '{"txt": "a"}\n',
             [],
-            "no column 'text' (did you mean 'txt'?). Columns: txt. Name one with --column",
+            "no column 'text' (did you mean 'txt'?). Columns: 'txt'. Name one with --column",
         ),
         ("rows.jsonl", '{"text": "a"}\n', ["--id_column", "k"], "Name one with --id_column"),
         ("rows.jsonl", '{"text": "a", "id": "x\\ny"}\n', [], "id: expected an id in one line"),

@@ -187,6 +187,8 @@ def test_commands_parse(words, monkeypatch):
         argv = argv[1:]
     if command in ("train", "check", "quickstart"):
         load_and_parse_config(argv, required=RUN_REQUIRES)
+    elif command == "doctor":
+        load_and_parse_config(argv)
     elif command == "teach":
         load_and_parse_config(argv, required=TEACH_REQUIRES)
     elif command == "verify":

@@ -221,6 +221,23 @@ CONFLICTS = [
     ({"data_path": None}, "data_path: required, but not set"),
     ({"data_path": []}, "data_path: required, but not set"),
     ({"trust_remote_code": True}, "trust_remote_code: runs code from the hub"),
+    (
+        {"trust_remote_code": True, "model_name": "owner/name", "revision": "main"},
+        "trust_remote_code: runs code from the hub, so it needs a revision that fixes which code",
+    ),
+    (
+        {"trust_remote_code": True, "model_name": ".", "teacher_model_name": "owner/name"},
+        "trust_remote_code: runs code from the hub, so it needs a revision",
+    ),
+    (
+        {
+            "trust_remote_code": True,
+            "text_model_name": ".",
+            "image_model_name": "owner/name",
+            "model_name": None,
+        },
+        "trust_remote_code: runs code from the hub, but no setting says which revision of image_m",
+    ),
     ({"attn_implementation": "flash_attention_2"}, "attn_implementation: flash_attention_2 comp"),
     ({"image_root": "x"}, "image_root: has no use: retrieval_mode t2t has no image"),
     ({"image_hosts": ["x"]}, "image_hosts: has no use: retrieval_mode t2t has no image"),
@@ -287,7 +304,7 @@ CONFLICTS = [
 ]
 SOUND = [
     {},
-    {"trust_remote_code": True, "revision": "abc"},
+    {"trust_remote_code": True, "revision": "0a" * 20},
     {"trust_remote_code": True, "model_name": "."},
     {"attn_implementation": "flash_attention_2", "mixed_precision": "bf16"},
     {"image_root": "x", "retrieval_mode": "t2i"},

@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vembed.cli.image_options import add_image_options, image_rules
 from vembed.cli.terminal import progress_bar
-from vembed.errors import ConfigError, DataError, did_you_mean
+from vembed.errors import (
+    ConfigError,
+    DataError,
+    did_you_mean,
+    find_control_character,
+    shorten,
+)
 from vembed.modes import IMAGE, MODALITIES, MULTIMODAL, TEXT, Item
 
 if TYPE_CHECKING:
@@ -131,22 +137,26 @@ def _read_rows(arguments: argparse.Namespace) -> Iterator[ItemRow]:
 
 
 def _read_lines(arguments: argparse.Namespace) -> Iterator[ItemRow]:
+    from vembed.data.problems import RowProblem
+    from vembed.data.reading import bounded_lines, decode_text
+
     path = Path(arguments.data)
     cells = _cells(arguments, str(path.parent))
     if arguments.modality == MULTIMODAL:
         raise ConfigError(f"--modality: {path}: a line is a text or an image, not both")
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                text = line.decode("utf-8").removeprefix("\ufeff").strip()
-                if text:
-                    with _at(f"{path}:{number}"):
+            for number, line in bounded_lines(file):
+                where = f"{path}:{number}"
+                with _at(where):
+                    text = line if isinstance(line, RowProblem) else decode_text(line)
+                    if isinstance(text, RowProblem):
+                        raise text
+                    if text := text.strip():
                         item = cells.item(arguments.modality, text, field="line", place="line")
-                    yield ItemRow(str(number), item.located(f"{path}:{number}"))
+                        yield ItemRow(str(number), item.located(where))
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}:{number}: not UTF-8 text. Save it as UTF-8") from error
 
 
 def _read_table(arguments: argparse.Namespace) -> Iterator[ItemRow]:
@@ -154,6 +164,7 @@ def _read_table(arguments: argparse.Namespace) -> Iterator[ItemRow]:
 
     source = _source(arguments)
     cells = _cells(arguments, source.image_root)
+    place = "" if arguments.modality == TEXT else f": {arguments.image_column}"
     for row in source.read():
         where = f"{source.files[row.file]}:{row.line}"
         if isinstance(row.values, RowProblem):
@@ -163,11 +174,12 @@ def _read_table(arguments: argparse.Namespace) -> Iterator[ItemRow]:
         identifier = str(
             row.line if name is None else _cell(row.values, name, where, "--id_column")
         )
-        if len(identifier.splitlines()) != 1:
+        if len(identifier.splitlines()) != 1 or find_control_character(identifier) is not None:
             raise DataError(
-                f"{where}: {name}: expected an id in one line. Received: {identifier!r}"
+                f"{where}: {name}: expected an id in one line. "
+                f"Received: {shorten(identifier, quote=True)}"
             )
-        yield ItemRow(identifier, item.located(where))
+        yield ItemRow(identifier, item.located(where + place))
 
 
 def _item(
@@ -212,10 +224,11 @@ def _at(where: str) -> Iterator[None]:
 
 def _cell(values: Any, column: str, where: str, option: str) -> Any:
     if column not in values:
-        columns = ", ".join(map(str, values))
+        from vembed.data.problems import list_names
+
         raise DataError(
             f"{where}: no column {column!r}{did_you_mean(column, map(str, values))}. "
-            f"Columns: {columns}. Name one with {option}"
+            f"Columns: {list_names(map(str, values))}. Name one with {option}"
         )
     return values[column]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from vembed.errors import DataError, shorten
@@ -15,6 +17,7 @@ SHOWN_PROBLEMS = 8
 """Problems that a message lists, before it counts the others."""
 
 _SHOWN_NAMES = 12
+_SHOWN_DEPTH = 5
 
 
 class RowProblem(Exception):
@@ -114,8 +117,21 @@ class ProblemLog:
         return "\n  ".join(lines)
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """A value that the file has, but that cannot be had: it is no text and no number of Python's.
+
+    Attributes:
+        reason: Why.
+    """
+
+    reason: str
+
+
 def describe(value: Any) -> str:
     """A value as it is shown to the user: shortened, with its kind in words."""
+    if isinstance(value, Unreadable):
+        return f"a value that cannot be read ({shorten(value.reason)})"
     if value is None:
         return "null"
     if isinstance(value, str):
@@ -127,8 +143,25 @@ def describe(value: Any) -> str:
         kind = f"a list of {len(value)}"
     else:
         kind = kinds.get(type(value), f"of type {type(value).__name__}")
-    shown = str(value).lower() if isinstance(value, bool) else repr(value)
+    shown = str(value).lower() if isinstance(value, bool) else _outline(value)
     return f"{shorten(shown)} ({kind})"
+
+
+def _outline(value: Any, depth: int = 0) -> str:
+    """The beginning of `repr(value)`, however deep or long it is."""
+    if not isinstance(value, list | tuple | dict):
+        return shorten(value, quote=True) if isinstance(value, str) else repr(value)
+    left, right = "{}" if isinstance(value, dict) else "[]"
+    if depth == _SHOWN_DEPTH:
+        return f"{left}...{right}"
+    parts = []
+    for part in islice(value.items() if isinstance(value, dict) else value, _SHOWN_NAMES):
+        if isinstance(value, dict):
+            parts.append(f"{shorten(str(part[0]), quote=True)}: {_outline(part[1], depth + 1)}")
+        else:
+            parts.append(_outline(part, depth + 1))
+    more = ", ..." if len(value) > _SHOWN_NAMES else ""
+    return f"{left}{', '.join(parts)}{more}{right}"
 
 
 def list_names(names: Iterable[str]) -> str:

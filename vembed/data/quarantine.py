@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vembed.data.problems import ProblemLog, RowProblem
 from vembed.errors import ConfigError, DataError
+from vembed.redaction import redact_text
 
 DEFAULT_MAX_BAD_RECORDS = 0.01
 FILE_NAME = "quarantine.jsonl"
@@ -34,7 +35,7 @@ class BadRecord:
     @classmethod
     def of(cls, problem: RowProblem, where: str) -> BadRecord:
         """A problem met at `where`."""
-        return cls(where, problem.place, problem.reason)
+        return cls(redact_text(where), redact_text(problem.place), redact_text(problem.reason))
 
     def as_json(self) -> str:
         """The line of the quarantine file."""

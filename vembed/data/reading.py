@@ -6,12 +6,12 @@ import csv
 import gzip
 import json
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from vembed.data.problems import RowProblem, describe, list_names
+from vembed.data.problems import RowProblem, Unreadable, describe, list_names
 from vembed.errors import DataError, shorten
 from vembed.registry import did_you_mean
 
@@ -51,7 +51,7 @@ def read_jsonl(path: str) -> Iterator[RawRow]:
         DataError: if the file cannot be read.
     """
     with _open_binary(path) as (file, done):
-        for line, raw in _bounded_lines(file):
+        for line, raw in bounded_lines(file):
             if isinstance(raw, RowProblem):
                 yield RawRow(line, raw, done())
                 return
@@ -70,16 +70,36 @@ def parse_json_line(raw: bytes) -> Mapping[str, Any] | RowProblem | None:
         return None
     rule, advice = "must be one JSON object", "Write one object per line."
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        received = f"{shorten(text, quote=True)}, broken at column {error.colno} ({error.msg})"
-        return RowProblem("line", rule, received, advice=advice)
+        values = json.loads(text, object_pairs_hook=_each_key_once)
+    except RowProblem as problem:
+        return problem
     except (ValueError, RecursionError) as error:
-        # A number of thousands of digits; brackets nested thousands deep.
-        received = f"{shorten(text, quote=True)} ({shorten(str(error))})"
-        return RowProblem("line", rule, received, advice=advice)
+        # No JSON; or a number of thousands of digits; or brackets nested thousands deep.
+        reason = f" ({shorten(str(error))})"
+        if isinstance(error, json.JSONDecodeError):
+            reason = f", broken at column {error.colno} ({error.msg})"
+        return RowProblem("line", rule, shorten(text, quote=True) + reason, advice=advice)
     if not isinstance(values, dict):
         return RowProblem("line", rule, describe(values), advice=advice)
+    return values
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that is written twice, Python would keep the last value in silence.
+
+    Raises:
+        RowProblem: if there is such a key.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise RowProblem(
+            "line",
+            "every key must be in an object once",
+            f"{shorten(repeated, quote=True)} twice",
+            advice="Keep one of them; several positives or negatives are a list.",
+        )
     return values
 
 
@@ -128,15 +148,43 @@ def read_parquet(path: str) -> Iterator[RawRow]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             total, line = file.metadata.num_rows, 0
+            _check_names(f"{path}: columns", file.schema_arrow.names)
             rows = _PARQUET_BATCH_ROWS if _has_text_only(file.schema_arrow) else _IMAGE_BATCH_ROWS
             for batch in file.iter_batches(batch_size=rows):
-                for values in batch.to_pylist():
+                for values in arrow_rows(batch):
                     line += 1
                     yield RawRow(line, values, line / total)
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: must be a Parquet file. Received: {shorten(str(error))}. Write it again"
         ) from None
+
+
+def arrow_rows(table: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow table or batch; what has no form in Python is `Unreadable`.
+
+    That can be a text that is not UTF-8, a date in the year 100,000, an unknown time zone.
+    """
+    import pyarrow
+
+    unreadable = (pyarrow.ArrowException, OverflowError, ValueError)
+    try:
+        rows = table.to_pylist()
+    except unreadable:
+        rows = None
+    if rows is not None:
+        yield from rows
+        return
+
+    def cell(column: Any, row: int) -> Any:
+        try:
+            return column[row].as_py()
+        except unreadable as error:
+            return Unreadable(str(error))
+
+    for row in range(table.num_rows):
+        columns = zip(table.schema.names, table.columns, strict=True)
+        yield {name: cell(column, row) for name, column in columns}
 
 
 def _has_text_only(schema: Any) -> bool:
@@ -231,7 +279,7 @@ def _open_binary(path: str) -> Iterator[tuple[BinaryFile, Callable[[], float]]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def _bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]:
+def bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]:
     """Lines with their numbers from 1; one that is too long ends the reading."""
     line = 0
     while raw := file.readline(MAX_LINE_BYTES + 1):
@@ -252,7 +300,7 @@ def _bounded_lines(file: BinaryFile) -> Iterator[tuple[int, bytes | RowProblem]]
 
 
 def _text_lines(file: BinaryFile) -> Iterator[str]:
-    for _, raw in _bounded_lines(file):
+    for _, raw in bounded_lines(file):
         text = raw if isinstance(raw, RowProblem) else decode_text(raw)
         if isinstance(text, RowProblem):
             raise text
@@ -294,15 +342,20 @@ def _check_header(path: str, line: int, cells: list[str], delimiter: str) -> lis
             f"Received: one column {shorten(cells[0], quote=True)}, with {_SEPARATORS[other]} in "
             f"it. Save it with {_SEPARATORS[delimiter]} between the cells{remedy}"
         )
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise DataError(
-            f"{path}:{line}: header: column names must differ. Received twice: "
-            f"{list_names(repeated)}. Rename them"
-        )
+    _check_names(f"{path}:{line}: header", names)
     if not names:
         raise DataError(f"{path}:{line}: header: the first line must name the columns")
     return cells
+
+
+def _check_names(where: str, names: Sequence[str]) -> None:
+    """Raise DataError if two columns have one name."""
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(
+            f"{where}: column names must differ. Received twice: "
+            f"{list_names(repeated)}. Rename them"
+        )
 
 
 def _to_row(header: list[str], cells: list[str]) -> Mapping[str, Any] | RowProblem:
@@ -327,7 +380,7 @@ def _read_qrels(folder: str, split: str) -> dict[str, list[str]]:
         )
     relevant: dict[str, list[str]] = {}
     with _open_binary(str(path)) as (file, _):
-        for line, raw in _bounded_lines(file):
+        for line, raw in bounded_lines(file):
             text = raw if isinstance(raw, RowProblem) else decode_text(raw)
             judgement = text if isinstance(text, RowProblem) else _judgement(line, text)
             if isinstance(judgement, RowProblem):

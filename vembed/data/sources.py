@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from vembed.data.file_names import is_image_name
 from vembed.data.problems import list_names
-from vembed.data.reading import RawRow, read_beir, read_csv, read_jsonl, read_parquet
+from vembed.data.reading import RawRow, arrow_rows, read_beir, read_csv, read_jsonl, read_parquet
 from vembed.data.shards import read_shards
 from vembed.errors import ConfigError, DataError, shorten
 from vembed.registry import did_you_mean
@@ -144,7 +144,7 @@ class ArrowSource:
 
     def read(self) -> Iterator[RawRow]:
         """The rows of the folder."""
-        return _rows_of(_load_arrow(self.path, self.split))
+        return _rows_of(self.path, _load_arrow(self.path, self.split))
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class HubSource:
     def read(self) -> Iterator[RawRow]:
         """The rows of the split, downloaded first unless streaming."""
         dataset = _load_hub(self.path, self.split, self.streaming)
-        return _stream_of(dataset) if self.streaming else _rows_of(dataset)
+        return _stream_of(dataset) if self.streaming else _rows_of(self.path, dataset)
 
 
 @dataclass(frozen=True)
@@ -324,11 +324,11 @@ def _load_arrow(path: str, split: str) -> Any:
 
     try:
         loaded = datasets.load_from_disk(path)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: must be a whole folder of datasets.save_to_disk. "
-            f"Received: {shorten(str(error))}. Save it again"
-        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Of a damaged folder, `datasets` raises whatever happens to it.
+        raise _damaged_folder(path, error) from None
     if not isinstance(loaded, datasets.DatasetDict):
         return loaded
     if split not in loaded:
@@ -337,6 +337,13 @@ def _load_arrow(path: str, split: str) -> Any:
             f"Choose one with split{did_you_mean(split, list(loaded))}"
         )
     return loaded[split]
+
+
+def _damaged_folder(path: str, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: must be a whole folder of datasets.save_to_disk. "
+        f"Received: {shorten(str(error)) or type(error).__name__}. Save it again"
+    )
 
 
 def _load_hub(path: str, split: str, streaming: bool) -> Any:
@@ -352,13 +359,19 @@ def _load_hub(path: str, split: str, streaming: bool) -> Any:
         ) from None
 
 
-def _rows_of(dataset: Any) -> Iterator[RawRow]:
+def _rows_of(path: str, dataset: Any) -> Iterator[RawRow]:
+    import pyarrow  # type: ignore[import-untyped]
+
     total, row = len(dataset), 0
     # As Arrow: otherwise `datasets` would decode every image.
-    for table in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
-        for values in table.to_pylist():
-            row += 1
-            yield RawRow(row, values, row / total)
+    tables = dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS)
+    try:
+        for table in tables:
+            for values in arrow_rows(table):
+                row += 1
+                yield RawRow(row, values, row / total)
+    except (pyarrow.ArrowException, OSError, IndexError) as error:
+        raise _damaged_folder(path, error) from None
 
 
 def _stream_of(dataset: Any) -> Iterator[RawRow]:

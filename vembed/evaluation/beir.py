@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from vembed.data import ImageRules
-from vembed.data.cells import CellReader, read_text
+from vembed.data.cells import CellReader, check_characters, read_text
 from vembed.data.checking import require_images
 from vembed.data.problems import RowProblem, describe, list_names
-from vembed.data.reading import beir_entry, beir_text, read_jsonl
-from vembed.errors import DataError
+from vembed.data.reading import beir_entry, beir_text, bounded_lines, decode_text, read_jsonl
+from vembed.errors import DataError, shorten
 from vembed.images import ImageFile
 from vembed.modes import IMAGE, TEXT, Item, RetrievalMode
 
@@ -147,7 +147,8 @@ def _read_items(
         except RowProblem as problem:
             raise DataError(problem.describe_at(where)) from None
         if key in items:
-            raise DataError(f"{where}: _id: must be unique. Received: {key!r} a second time")
+            name = shorten(key, quote=True)
+            raise DataError(f"{where}: _id: must be unique. Received: {name} a second time")
         items[key] = item.located(f"{where}: image")
     if not items:
         raise DataError(f"{path}: must hold one JSON object per line. Received: no lines")
@@ -163,6 +164,7 @@ def _item(text: Any, values: Mapping[str, Any], modality: str, cells: CellReader
         received = describe(None) if "text" in values else f"a line with {list_names(values)}"
         raise RowProblem("text", "a text is expected", received)
     # Documents of no text at all are there in BEIR's own sets.
+    check_characters(text, field="text", place="text")
     return Item(text)
 
 
@@ -182,7 +184,8 @@ def _read_qrels(
         ):
             if key not in known:
                 raise DataError(
-                    f"{where}: {key!r} is not in {file}. Add it there, or remove the line"
+                    f"{where}: {shorten(key, quote=True)} is not in {file}. Add it there, or "
+                    "remove the line"
                 )
         first = qrels.setdefault(query_id, {}).setdefault(document_id, grade)
         if first != grade:
@@ -198,13 +201,11 @@ def _read_qrels(
 def _judgements(path: Path) -> Iterator[tuple[int, tuple[str, str, float]]]:
     """Line number, query id, document id and grade; blank lines and the header are passed over."""
     with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            try:
-                text = raw.decode("utf-8-sig").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{line}: must be UTF-8. Received: {raw[:80]!r} ({error})"
-                ) from None
+        for line, raw in bounded_lines(file):
+            text = raw if isinstance(raw, RowProblem) else decode_text(raw)
+            if isinstance(text, RowProblem):
+                raise DataError(text.describe_at(f"{path}:{line}"))
+            text = text.rstrip("\r\n")
             cells = text.split("\t")
             grade = _grade(cells[2]) if len(cells) == 3 else None
             is_header = line == 1 and len(cells) == 3 and grade is None

@@ -13,6 +13,7 @@ from vembed.errors import ConfigError
 from vembed.models.checkpoint_format import NO_POOLING, is_router, read_backbone_config
 from vembed.models.model_types import MODEL_TYPES
 from vembed.models.paths import resolve_model_path
+from vembed.models.remote_code import check_remote_code
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -68,7 +69,8 @@ def load_encoder(
             `"image"`.
         torch_dtype: Type of the weights: float32, bfloat16, float16, or auto for the checkpoint's.
         attn_implementation: Attention kernel by transformers' name; None lets transformers choose.
-        trust_remote_code: Run Python code that lies beside the model's weights.
+        trust_remote_code: Run Python code that lies beside the model's weights; see
+            `check_remote_code`.
         revision: Commit, tag or branch of a hub model.
         quantization: `4bit` or `8bit` weights, on the current GPU, which can only be trained
             through adapters; None for none.
@@ -79,6 +81,8 @@ def load_encoder(
         CheckpointError: if the folder is not a model, or is incomplete.
     """
     path = resolve_model_path(model_name, revision)
+    if trust_remote_code:
+        check_remote_code(model_name, path, revision)
     kind = _kind_of(path) if encoder_mode == "auto" else encoder_mode
     load = registry.resolve("encoder_mode", kind, ENCODERS)
     if pooling_method == NO_POOLING and kind in ("dual", "composed"):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vembed.errors import CheckpointError
+from vembed.models.json_files import read_json, read_object, require_types
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ def read_backbone_config(path: str | Path) -> dict[str, Any]:
         CheckpointError: if there is none.
     """
     folder = _backbone_folder(Path(path), _read_modules(Path(path)))
-    config: dict[str, Any] = _read_json(folder / "config.json")
+    config: dict[str, Any] = read_object(folder / "config.json")
+    require_types(folder / "config.json", config, {"model_type": str})
     if config.get("model_type"):
         return config
     found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
@@ -136,6 +138,15 @@ def read_backbone_config(path: str | Path) -> dict[str, Any]:
         f"model_type"
         f"{adapter if 'adapter_config.json' in found else ''}. Found there: {found or 'nothing'}"
     )
+
+
+def _read_model_config(file: Path) -> dict[str, Any]:
+    config = read_object(file)
+    types = {"prompts": dict, "default_prompt_name": str, "model_type": str, _TEXT_LENGTH: int}
+    require_types(file, config, types)
+    prompts = config.get("prompts") or {}
+    require_types(file, prompts, dict.fromkeys(prompts, str))
+    return config
 
 
 def read_settings(path: str | Path) -> CheckpointSettings:
@@ -154,7 +165,7 @@ def read_settings(path: str | Path) -> CheckpointSettings:
     pools_itself = (
         kinds[0] == "CLIPModel" or transformer.get("module_output_name") == "sentence_embedding"
     )
-    model = _read_json(root / "config_sentence_transformers.json")
+    model = _read_model_config(root / "config_sentence_transformers.json")
     keeps_tokens = model.get("model_type") in _KEEP_TOKENS or "MultiVectorMask" in kinds
     first_dense = 1 if pools_itself or keeps_tokens else 2
     dense = kinds.count("Dense")
@@ -211,7 +222,7 @@ def _token_rules(
     silent = {"do_query_expansion": True, "skiplist_words": ["punctuation"]}
     told = {**(silent if model.get("model_type") == "ColBERT" else {}), **model}
     masks = [
-        _read_json(root / module["path"] / "config.json")
+        read_object(root / module["path"] / "config.json")
         for module in modules
         if str(module["type"]).endswith("MultiVectorMask")
     ]
@@ -238,7 +249,7 @@ def read_router(path: str | Path) -> CheckpointSettings:
     """
     root = Path(path)
     kinds = [_module_kind(root, module) for module in _read_modules(root)]
-    routes = set(_read_json(root / "router_config.json").get("structure", {}))
+    routes = set(read_object(root / "router_config.json").get("structure", {}))
     if kinds not in (["Router"], ["Router", "Normalize"]) or routes != {"text", "image"}:
         raise CheckpointError(
             f"{root}: vembed reads a Router for text and image, and at most one Normalize. "
@@ -395,13 +406,19 @@ def _read_modules(root: Path) -> list[dict[str, Any]]:
     file = root / "modules.json"
     if not file.is_file():
         return []
-    modules = _read_json(file)
-    if not isinstance(modules, list) or not all({"type", "path"} <= set(m) for m in modules):
+    modules = read_json(file)
+    if not isinstance(modules, list) or not all(_is_module(module) for module in modules):
         raise CheckpointError(f"{file}: expected a list of modules, each with a type and a path")
     for module in modules:
         if not (root / module["path"]).resolve().is_relative_to(root.resolve()):
             raise CheckpointError(f"{file}: path {module['path']!r} leads out of the folder")
     return sorted(modules, key=lambda module: int(module.get("idx", 0)))
+
+
+def _is_module(module: object) -> bool:
+    return isinstance(module, dict) and all(
+        isinstance(module.get(key), str) for key in ("type", "path")
+    )
 
 
 def _backbone_folder(root: Path, modules: list[dict[str, Any]]) -> Path:
@@ -421,7 +438,8 @@ def _module_kind(root: Path, module: dict[str, Any]) -> str:
 
 def _read_transformer_config(folder: Path) -> dict[str, Any]:
     files = [folder / name for name in _TRANSFORMER_CONFIGS if (folder / name).is_file()]
-    config = _read_json(files[0]) if files else {}
+    config = read_object(files[0]) if files else {}
+    require_types(files[0] if files else folder, config, {"max_seq_length": int})
     if config.get("transformer_task", "feature-extraction") != "feature-extraction":
         raise CheckpointError(
             f"{files[0]}: transformer_task {config['transformer_task']!r} is not that of an "
@@ -434,29 +452,20 @@ def _read_transformer_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_pooling(file: Path) -> str:
-    config = _read_json(file)
+    config = read_object(file)
     mode = config.get("pooling_mode")
     if mode is None:
         flagged = [name for flag, name in _POOLING_FLAGS.items() if config.get(flag)]
         mode = flagged or ["mean"]
-    modes = [mode] if isinstance(mode, str) else list(mode)
+    modes = list(mode) if isinstance(mode, list | dict) else [mode]
     if len(modes) != 1 or modes[0] not in POOLING_NAMES:
         raise CheckpointError(
             f"{file}: vembed pools in one way, of {', '.join(POOLING_NAMES)}. "
-            f"Found: {', '.join(modes)}"
+            f"Found: {', '.join(map(str, modes))}"
         )
     if config.get("include_prompt") is False:
         raise CheckpointError(f"{file}: include_prompt=false (Instructor models) is not supported")
     return POOLING_NAMES[modes[0]]
-
-
-def _read_json(file: Path) -> Any:
-    if not file.is_file():
-        return {}
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not valid JSON ({error})") from error
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,25 +17,36 @@ from vembed.chunking import count_tokens, plan_chunks, take_rows
 from vembed.errors import CheckpointError, ConfigError
 from vembed.models.tokenizing import choose_length
 
+from vembed.models.json_files import read_object
+from vembed.models.weights import UNREADABLE
+
 _SUFFIX = "ForSequenceClassification"
 
 
 def is_cross_encoder(folder: str | Path) -> bool:
     """Whether a model's folder says that it classifies sequences, as cross-encoders do."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        return False
-    architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures") or []
-    return any(name.endswith(_SUFFIX) for name in architectures)
+    architectures = read_object(Path(folder) / "config.json").get("architectures") or []
+    return any(str(name).endswith(_SUFFIX) for name in architectures)
 
 
 class CrossEncoder:
     """A transformers model with a head of one number, and its tokenizer."""
 
     def __init__(
-        self, folder: str, *, torch_dtype: str = "float32", device: torch.device | str = "cpu"
+        self,
+        folder: str,
+        *,
+        torch_dtype: str = "float32",
+        trust_remote_code: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Load it, in eval mode.
+
+        Args:
+            folder: The model's.
+            torch_dtype: Type of the weights.
+            trust_remote_code: Run Python code in the folder, after `check_remote_code`.
+            device: Where it runs.
 
         Raises:
             CheckpointError: if its files cannot be read.
@@ -44,12 +54,14 @@ class CrossEncoder:
         """
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        # Left unset, transformers would ask on the terminal whether code may run.
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "local_files_only": True}
         try:
             self.model: Any = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=torch_dtype, local_files_only=True
+                folder, dtype=torch_dtype, **options
             )
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **options)
+        except (*UNREADABLE, ValueError) as error:
             raise CheckpointError(
                 f"{folder}: cannot be read as a cross-encoder ({error})"
             ) from error

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 
 from vembed.errors import ConfigError
+from vembed.models.json_files import read_object
 
 _FORMS = (
     "A model is named by a local folder, by package:NAME[/subdir] for weights that an installed "
@@ -103,8 +103,7 @@ def _only_model_folder(root: Path, model_name: str) -> Path:
 def _is_model_folder(folder: Path) -> bool:
     # sentence-transformers puts a config.json into each module's folder: only the backbone's has a
     # model_type.
-    config = folder / "config.json"
-    return config.is_file() and "model_type" in json.loads(config.read_text(encoding="utf-8"))
+    return "model_type" in read_object(folder / "config.json")
 
 
 def _hub_folder(model_name: str, revision: str | None) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from vembed.errors import CheckpointError
 from vembed.models.checkpoint_format import NO_POOLING, OWN_POOLING, TOKEN_INPUT
+from vembed.models.json_files import read_object, require_types
+from vembed.models.weights import UNREADABLE
 
 _PLACES = ("sentence_embedding", TOKEN_INPUT)
 _PLAIN = {
@@ -54,10 +56,11 @@ class Projection(nn.Module):
             CheckpointError: if it is not a plain Dense with an activation of torch.nn, or has no
                 weights that fit.
         """
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{folder}: config.json cannot be read ({error})") from error
+        config = read_object(folder / "config.json")
+        sizes = {"in_features": int, "out_features": int}
+        require_types(folder / "config.json", config, sizes | {"activation_function": str})
+        if lacking := [key for key in sizes if not (config.get(key) or 0) > 0]:
+            raise CheckpointError(f"{folder / 'config.json'}: {lacking[0]}: must be above 0")
         given = {key: config[key] for key in _PLAIN if config.get(key) is not None}
         odd = {key: value for key, value in given.items() if value not in _PLAIN[key]}
         if odd:
@@ -168,11 +171,14 @@ def _activation(folder: Path, path: str | None) -> type[nn.Module]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / "model.safetensors").is_file():
-        return load_file(folder / "model.safetensors")
-    if (folder / "pytorch_model.bin").is_file():
-        weights: dict[str, Tensor] = torch.load(
-            folder / "pytorch_model.bin", map_location="cpu", weights_only=True
-        )
-        return weights
+    try:
+        if (folder / "model.safetensors").is_file():
+            return load_file(folder / "model.safetensors")
+        if (folder / "pytorch_model.bin").is_file():
+            weights: dict[str, Tensor] = torch.load(
+                folder / "pytorch_model.bin", map_location="cpu", weights_only=True
+            )
+            return weights
+    except (*UNREADABLE, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
     raise CheckpointError(f"{folder}: no model.safetensors")

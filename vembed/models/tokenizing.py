@@ -30,8 +30,16 @@ def load_tokenizer(folder: Path, *, do_lower_case: bool, trust_remote_code: bool
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Of files that are damaged, transformers raises whatever happens to it.
         raise CheckpointError(f"{folder}: the tokenizer cannot be read ({error})") from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise CheckpointError(
+            f"{folder}: tokenizer_config.json: model_max_length: must be a number. "
+            f"Received: {tokenizer.model_max_length!r}"
+        )
     # Without its files, transformers makes an empty tokenizer of the model's class, to which every
     # word is unknown.
     names = tokenizer.vocab_files_names.values()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from vembed.errors import CheckpointError, ConfigError
 from vembed.models.chat import ChatInputs, ChatProcessor, PatchInputs, ProcessorInputs
 from vembed.models.checkpoint_format import CheckpointSettings, read_settings
 from vembed.models.image_processor import load_image_processor
+from vembed.models.json_files import read_object
 from vembed.models.options import choose, origins_of, values_of
 from vembed.models.pooled import PooledEncoder, check_token_rules
 from vembed.models.pooling import check_pooling_method
@@ -150,9 +150,7 @@ def _load_inputs(stored: CheckpointSettings, backbone: Any, trust: bool) -> Chat
 
 def _older_chat_template(folder: Path) -> str | None:
     """The template in chat_template.json, where transformers 4 put that of a processor."""
-    file = folder / "chat_template.json"
-    template = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return template.get("chat_template")
+    return read_object(folder / "chat_template.json").get("chat_template")
 
 
 def _check_chat_template(folder: Path, owner: Any) -> None:

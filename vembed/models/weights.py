@@ -6,8 +6,10 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -15,6 +17,9 @@ from transformers import AutoModel
 from vembed.errors import CheckpointError, ConfigError
 from vembed.models.merging import merged
 from vembed.models.quantization import quantization_options
+
+UNREADABLE = (OSError, EOFError, SafetensorError, UnpicklingError)
+"""What reading a file of weights raises where it is damaged, or would run code."""
 
 _TALKATIVE = ("modeling_utils", "configuration_utils")
 
@@ -51,10 +56,17 @@ def load_backbone(
                 ignore_mismatched_sizes=True,  # reported below, together with what is missing
                 **options,
             )
-    except (OSError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{folder}: transformers cannot load this model ({error})") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Of a config.json that no model can have, it raises whatever happens to it.
+        raise CheckpointError(
+            f"{folder}: transformers cannot load this model ({type(error).__name__}: {error})"
+        ) from error
     lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     lost += sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if lost:

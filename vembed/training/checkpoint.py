@@ -109,7 +109,7 @@ def _fill(
     if processor is not None:
         processor.save_pretrained(folder)
     if config is not None:
-        settings = TrainConfig.coerce(config).model_dump(mode="json")
+        settings = TrainConfig.coerce(config).redacted()
         (folder / CONFIG_NAME).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

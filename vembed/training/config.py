@@ -92,7 +92,10 @@ def load_and_parse_config(
 
 
 def save_config(config: TrainConfig, path: str | Path) -> None:
-    """Write every setting as YAML that `--config` reads; a comment says where a value came from."""
+    """Write every setting as YAML that `--config` reads; a comment says where a value came from.
+
+    Secrets are hidden: a run that needs them must be given them again.
+    """
     text = "# Every setting of a run. What is not a default says where it came from.\n\n"
     Path(path).write_text(text + render_config(config, config.origins), encoding="utf-8")
 
@@ -101,7 +104,7 @@ def render_config(config: TrainConfig, notes: Mapping[str, str]) -> str:
     """Every setting as a line of YAML under the heading of its section, with notes as comments."""
     headings = {first: title for title, first in SECTIONS.items()}
     lines = []
-    for key, value in config.model_dump(mode="json").items():
+    for key, value in config.redacted().items():
         if key in headings:
             lines.append(f"\n# --- {headings[key]}")
         line = f"{key}: {_as_yaml(value)}"

@@ -8,6 +8,8 @@ import transformers
 from rich.console import Console
 from rich.logging import RichHandler
 
+from vembed.redaction import RedactingFormatter
+
 STDERR = Console(stderr=True)
 """Shared by log lines and progress bar, so that rich prints the lines above the bar."""
 
@@ -31,9 +33,13 @@ def configure_logging(*, main_process: bool) -> None:
 
 
 def _handler() -> logging.Handler:
-    if not STDERR.is_terminal:
-        # Rich would break lines at 80 columns in a file.
-        return logging.StreamHandler()
-    return RichHandler(
-        console=STDERR, show_path=False, show_level=False, show_time=False, highlighter=None
+    # Rich would break lines at 80 columns in a file.
+    handler = (
+        logging.StreamHandler()
+        if not STDERR.is_terminal
+        else RichHandler(
+            console=STDERR, show_path=False, show_level=False, show_time=False, highlighter=None
+        )
     )
+    handler.setFormatter(RedactingFormatter())
+    return handler

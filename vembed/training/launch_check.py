@@ -95,7 +95,7 @@ def _asked_of_launcher(command: Sequence[str]) -> tuple[int | None, str]:
     asked = _option(command, "num_processes")
     if asked is not None and asked.isdecimal():
         return int(asked), f"accelerate launch --num_processes {asked}"
-    file = Path(_option(command, "config_file") or _default_config_file())
+    file = Path(_option(command, "config_file") or default_config_file())
     if not file.is_file():
         return None, ""
     settings = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -112,7 +112,7 @@ def _option(command: Sequence[str], name: str) -> str | None:
     return None
 
 
-def _default_config_file() -> Path:
+def default_config_file() -> Path:
     """Where `accelerate config` saves."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
     home = Path(os.environ.get("HF_HOME", cache)).expanduser()

@@ -151,6 +151,7 @@ def build_teacher_model(config: TrainConfig | Mapping[str, Any]) -> Encoder | No
         revision=config.teacher_revision,
         torch_dtype=config.teacher_dtype or config.torch_dtype,
         attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
     )
     if teacher.pooling_method == NO_POOLING:
         raise ConfigError(

@@ -22,6 +22,7 @@ from vembed.evaluation import (
     compare,
     moved_queries,
 )
+from vembed.redaction import redact, redact_text
 from vembed.training.training_loop import TrainState
 
 
@@ -89,12 +90,16 @@ def report(result: RunResult, config: TrainConfig, facts: Mapping[str, str]) -> 
     )
     path = write_report(
         Path(config.output_dir) / "report",
-        title=f"{config.model_label}, fine-tuned",
+        title=f"{redact_text(config.model_label)}, fine-tuned",
         changes=result.proof.changes,
         moved=result.proof.moved,
         history=result.state.history,
-        settings=config.model_dump(mode="json"),
-        facts={**facts, "training time": f"{result.train_seconds:.0f} s", "versions": versions},
+        settings=config.redacted(),
+        facts={
+            **redact(facts),
+            "training time": f"{result.train_seconds:.0f} s",
+            "versions": versions,
+        },
         gallery=choose_gallery(result.proof.before, result.proof.after),
     )
     return replace(result, report_path=path)

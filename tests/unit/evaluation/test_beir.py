@@ -80,7 +80,7 @@ def test_a_judgement_given_twice_alike_counts_once(folder):
         ("qrels/test.tsv", 2, "q1\t0\td1\t1", r"test\.tsv:2: query-id, corpus-id and a number"),
         ("qrels/test.tsv", 2, "q1\td1\tyes", r"test\.tsv:2: query-id, corpus-id and a number"),
         ("qrels/test.tsv", 2, "q1\td1\tnan", r"test\.tsv:2: query-id, corpus-id and a number"),
-        ("qrels/test.tsv", 2, b"q1\td1\xff\t1", r"test\.tsv:2: must be UTF-8"),
+        ("qrels/test.tsv", 2, b"q1\td1\xff\t1", r"test\.tsv:2: line: must be UTF-8"),
         ("qrels/test.tsv", 2, "q9\td1\t1", r"test\.tsv:2: 'q9' is not in queries\.jsonl"),
         ("qrels/test.tsv", 2, "q1\td9\t1", r"test\.tsv:2: 'd9' is not in corpus\.jsonl"),
         ("qrels/test.tsv", 3, "q1\td1\t1", r"test\.tsv:3: one judgement per pair.*1 after 2"),
@@ -105,3 +105,11 @@ def test_an_empty_or_missing_file_is_named(folder, file):
 def test_an_unknown_split_names_the_ones_there_are(folder):
     with pytest.raises(DataError, match="Splits of this BEIR folder: 'test'"):
         read_beir(folder, split="dev")
+
+
+@pytest.mark.parametrize("text", ["a\0b", "\ud800"])
+def test_a_document_that_no_tokenizer_takes(folder, text):
+    with (folder / "corpus.jsonl").open("a") as file:
+        file.write(json.dumps({"_id": "new", "text": text}) + "\n")
+    with pytest.raises(DataError, match=r"corpus\.jsonl:\d+: text: must"):
+        read_beir(folder)

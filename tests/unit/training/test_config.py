@@ -145,7 +145,7 @@ OTHER = {
 NEEDS = {
     "text_model_name": {"image_model_name": "i"},
     "image_model_name": {"text_model_name": "t"},
-    "trust_remote_code": {"revision": "abc"},
+    "trust_remote_code": {"revision": "0a" * 20},
     **dict.fromkeys(
         ["use_dora", "use_rslora", "lora_quantization", "adapter_path"], {"use_lora": "true"}
     ),
@@ -352,15 +352,14 @@ class TestComplaints:
                     "token"
                 ],
             ),
-            ("lr: !!python/name:os.system", ["train.yaml:1: lr: expected a number. Received: ''"]),
             (
-                "loss_kwargs: {a: !!python/name:os.system }",
+                "lr: !!python/name:os.system",
                 [
-                    "train.yaml:1:18: not valid YAML: could not determine a constructor for the "
-                    "tag 'tag:yaml.org,2002:python/name:os.system'"
+                    "train.yaml:1: the tag 'python/name:os.system' has no meaning in settings. "
+                    "Remove it"
                 ],
             ),
-            (b"lr: \xff", ["train.yaml: not UTF-8 text (byte 4)"]),
+            (b"lr: \xff", ["train.yaml:1: not UTF-8 text (byte 4)"]),
             (
                 "lr: 1\nlearning_rate: 2",
                 [
@@ -430,6 +429,7 @@ class TestSaving:
         settings = {key: value for key, (_, value) in OTHER.items()} | extra
         settings |= {
             "mrl_dims": [16, 8],
+            "teacher_revision": "0a" * 20,
             "ddp_static_graph": False,
             "streaming": False,
             "text_model_name": None,

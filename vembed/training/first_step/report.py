@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vembed.redaction import redact
 from vembed.training.first_step.candidates import Candidates, Softmax
 from vembed.training.first_step.rows import Agreement, Copies, Geometry, Labels, Scores
 
@@ -139,7 +140,7 @@ class FirstStepReport:
 
     def write(self, folder: Path, warnings: Sequence[str]) -> None:
         """Write `first_step.json` into a folder."""
-        content = {**_without_nan(asdict(self)), "warnings": list(warnings)}
+        content = {**_without_nan(asdict(self)), "warnings": redact(list(warnings))}
         text = json.dumps(content, indent=2, allow_nan=False)
         (folder / FILE_NAME).write_text(text + "\n", encoding="utf-8")
 

@@ -20,6 +20,7 @@ from vembed.models import resolve_model_path
 from vembed.models.cross_encoder import CrossEncoder, is_cross_encoder
 from vembed.models.fingerprint import fingerprint
 from vembed.models.protocol import Encoder
+from vembed.models.remote_code import check_remote_code
 from vembed.training.model_builder import build_teacher_model
 from vembed.training.run_data import build_quarantine, load_rows
 from vembed.training.teaching.cache import TeacherCache, roles_of
@@ -158,9 +159,15 @@ class _Teacher:
     def _judge(self) -> CrossEncoder:
         if self._cross_encoder is None:
             config = self.config
-            path = resolve_model_path(str(config.teacher_model_name), config.teacher_revision)
+            name = str(config.teacher_model_name)
+            path = resolve_model_path(name, config.teacher_revision)
+            if config.trust_remote_code:
+                check_remote_code(name, path, config.teacher_revision)
             self._cross_encoder = CrossEncoder(
-                path, torch_dtype=teacher_dtype(config), device=_device(config)
+                path,
+                torch_dtype=teacher_dtype(config),
+                trust_remote_code=config.trust_remote_code,
+                device=_device(config),
             )
         return self._cross_encoder
 
