@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from vembed.errors import CheckpointError, ConfigError
 from vembed.models.merging import merged
 from vembed.models.quantization import quantization_options
 
 _TALKATIVE = ("modeling_utils", "configuration_utils")
+
+_builder: ContextVar[Callable[[Any], Any] | None] = ContextVar("_builder", default=None)
 
 
 def load_backbone(
@@ -38,6 +42,12 @@ def load_backbone(
     options: dict[str, Any] = {}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if build := _builder.get():
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        options |= {"dtype": config.dtype if torch_dtype == "auto" else torch_dtype}
+        return build(partial(AutoModel.from_config, config, **options))
     if quantization is not None:
         options |= quantization_options(quantization, torch_dtype)
     try:
@@ -68,6 +78,20 @@ def load_backbone(
     if getattr(text_config, "use_cache", False):
         text_config.use_cache = False  # keys and values for generation, which no embedding needs
     return backbone
+
+
+@contextmanager
+def without_weights(build: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """Inside, backbones are made from their config alone, and no weight is read.
+
+    Args:
+        build: Calls what it is given, which returns the backbone, where its weights take no memory.
+    """
+    token = _builder.set(build)
+    try:
+        yield
+    finally:
+        _builder.reset(token)
 
 
 @contextmanager

@@ -139,7 +139,7 @@ class Trainer:
         alpha = self.config.distillation_alpha if distillation_loss_fn is not None else 1.0
         self.objective = Objective(criterion, distillation_loss_fn, alpha)
         self.plain_step = GradientCache(chunk_tokens=self.config.chunk_tokens, keep="all")
-        self.gradient_cache = _build_gradient_cache(self.config)
+        self.gradient_cache = build_gradient_cache(self.config)
         self._clamp = getattr(criterion, "clamp", None)
         self._unfreezing = Unfreezing(model, criterion, self.config.unfreeze_at_step)
         self._adapter_watch = AdapterWatch(model)
@@ -393,7 +393,8 @@ class Trainer:
             )
 
 
-def _build_gradient_cache(config: TrainConfig) -> GradientCache:
+def build_gradient_cache(config: TrainConfig) -> GradientCache:
+    """The gradient cache that the settings ask for."""
     size, tokens = config.gradient_cache_chunk_size, config.gradient_cache_chunk_tokens
     if size is None and tokens is None:
         size = _DEFAULT_CHUNK_SIZE
