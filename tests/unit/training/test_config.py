@@ -146,8 +146,30 @@ NEEDS = {
     "image_model_name": {"text_model_name": "t"},
     "trust_remote_code": {"revision": "abc"},
     **dict.fromkeys(
-        ["use_dora", "use_rslora", "lora_quantization", "adapter_path"], {"use_lora": "true"}
+        [
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "use_dora",
+            "use_rslora",
+            "lora_quantization",
+            "adapter_path",
+            "save_adapter",
+        ],
+        {"use_lora": "true"},
     ),
+    **dict.fromkeys(
+        ["gradient_cache_chunk_size", "gradient_cache_chunk_tokens", "gradient_cache_keep"],
+        {"use_gradient_cache": "true"},
+    ),
+    **dict.fromkeys(["project_name", "run_name", "tags"], {"report_to": "wandb"}),
+    "save_total_limit": {"save_steps": "5"},
+    "shuffle_buffer_size": {"streaming": "true", "max_steps": "3", "holdout_ratio": "0"},
+    "scheduler_kwargs": {"scheduler_type": "cosine"},
+    "teacher_chunk_size": {"teacher_model_name": "t", "teacher_cache": "c"},
+    "distillation_alpha": {"teacher_model_name": "t"},
+    "distillation_temperature": {"teacher_model_name": "t"},
     "image_root": {"retrieval_mode": "t2i"},
     "image_hosts": {"retrieval_mode": "t2i"},
     "max_image_pixels": {"retrieval_mode": "i2i"},
@@ -263,7 +285,8 @@ class TestTypesDecideNotYaml:
         ],
     )  # fmt: skip
     def test_read(self, yaml_file, line, key, value):
-        assert load("--config", yaml_file(line))[key] == value
+        extra = [word for k, v in NEEDS.get(key, {}).items() for word in (f"--{k}", v)]
+        assert load("--config", yaml_file(line), *extra)[key] == value
 
     def test_true_is_no_number(self, yaml_file):
         assert problems_of("--config", yaml_file("lr: true")) == [
@@ -428,6 +451,9 @@ class TestSaving:
         settings = {key: value for key, (_, value) in OTHER.items()} | extra
         settings |= {
             "mrl_dims": [16, 8],
+            "optimizer": "adam",
+            "shuffle_buffer_size": 10_000,
+            "test_data_path": None,
             "ddp_static_graph": False,
             "streaming": False,
             "text_model_name": None,
