@@ -65,7 +65,7 @@ def predict(settings: dict[str, object]) -> dict[str, float]:
     plan = plan_run(TrainConfig(**settings))
     return {
         "bytes": plan.memory.total,
-        "activations": plan.memory.activations,
+        "activations": plan.memory.activations + plan.memory.allocator,
         "seconds": plan.step_seconds,
     }
 

@@ -26,6 +26,7 @@ _PARTS = {
     "gradients": "gradients",
     "optimizer": "optimizer state",
     "activations": "activations of a micro-batch, at most at a time",
+    "allocator": "pieces that the allocator cannot use",
     "loss": "similarities",
     "gathered": "embeddings of all processes",
     "exchange": "buffers to exchange gradients",
