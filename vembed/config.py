@@ -545,6 +545,12 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Recompute layers in backward: less memory, more time"
     )
+    torch_compile: bool = Field(
+        False, description="Compile the model's layers, once for all lengths: slow to start"
+    )
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = Field(
+        "inductor", description="What compiles them; aot_eager and eager only trace, to find errors"
+    )
     use_gradient_cache: bool = Field(
         False, description="Encode in chunks and recompute them: large batches in little memory"
     )
@@ -773,6 +779,10 @@ _NEEDS = (
         ("gradient_cache_chunk_size", "gradient_cache_chunk_tokens", "gradient_cache_keep"),
         "use_gradient_cache", lambda c: c.use_gradient_cache,
         "without the gradient cache. Set use_gradient_cache: true",
+    ),
+    _Need(
+        ("torch_compile_backend",), "torch_compile", lambda c: c.torch_compile,
+        "without torch_compile. Set it to true",
     ),
     _Need(
         ("mrl_dims", "mrl_weights"), "use_mrl", lambda c: c.use_mrl,
@@ -1138,6 +1148,12 @@ def _fsdp2_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("mixed_precision", "distributed_strategy"),
             "fp16 scales the loss by what all gradients allow, but with distributed_strategy: "
             "fsdp2 a process sees its share only. Use bf16 or no",
+        )
+    if config.torch_compile:
+        yield Problem(
+            ("torch_compile", "distributed_strategy"),
+            "compiled layers cannot be shared out here. Set torch_compile: false, or "
+            "distributed_strategy: ddp",
         )
     if config.num_processes == 1:
         yield Problem(

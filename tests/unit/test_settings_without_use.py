@@ -25,6 +25,7 @@ NEEDS = {
     "gradient_cache_chunk_size": (4, {}, CACHE),
     "gradient_cache_chunk_tokens": (4, {}, CACHE),
     "gradient_cache_keep": ("auto", {}, CACHE),
+    "torch_compile_backend": ("eager", {}, {"torch_compile": True}),
     "mrl_dims": ([8], {}, {"use_mrl": True}),
     "mrl_weights": ([1], {"mrl_dims": None}, {"use_mrl": True, "mrl_dims": [8]}),
     "teacher_revision": ("abc", {}, TEACHER),
@@ -78,8 +79,8 @@ ALWAYS = {
     "optimizer_kwargs", "output_dir", "overwrite_output_dir", "pooling_method", "progress",
     "projection_dim", "report_to", "retrieval_mode", "save_steps", "scheduler_type", "seed",
     "streaming", "teacher_model_name", "temperature", "test_data_path", "text_model_name",
-    "torch_dtype", "trust_remote_code", "unfreeze_at_step", "use_gradient_cache", "use_lora",
-    "use_mrl", "val_data_path", "weight_decay",
+    "torch_compile", "torch_dtype", "trust_remote_code", "unfreeze_at_step",
+    "use_gradient_cache", "use_lora", "use_mrl", "val_data_path", "weight_decay",
 }  # fmt: skip
 
 

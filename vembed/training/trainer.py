@@ -22,6 +22,7 @@ from vembed.data import RecordLoader
 from vembed.distributed import reduce_gradients
 from vembed.errors import ConfigError
 from vembed.training.adapter_gate import AdapterWatch, Probe
+from vembed.training.compiling import compile_layers
 from vembed.training.data_utils import (
     Inputs,
     maybe_first,
@@ -153,6 +154,7 @@ class Trainer:
         accelerator = self.accelerator
         if self._sharded is None:
             self._prepare_model()
+        compile_layers(accelerator.unwrap_model(self.model), self.config)
         self.optimizer = accelerator.prepare(self.optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.dataloader, RecordLoader):
             self.dataloader = accelerator.prepare(self.dataloader)

@@ -35,8 +35,11 @@ CONTEXT_BYTES = 600 * 2**20
 _TILE_BYTES = 32 * 2**20
 _TILES_AT_ONCE = 3  # similarities, their exponentials, their gradient
 _BUCKET_BYTES = 32 * 2**20
-_KEPT_BY_ALLOCATOR = {True: 0.1, False: 0.25}
-"""Share of the activations, on an accelerator and on a CPU: see benchmarks/plan.py."""
+_KEPT_BY_ALLOCATOR = 0.1
+"""Share of the activations, on an accelerator."""
+
+_KEPT_BY_MALLOC = (0.25, 300 * 2**20)
+"""Share of the activations on a CPU, and most bytes of it: see benchmarks/plan.py."""
 
 _AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -195,7 +198,7 @@ def plan_run(
     memory = Memory(
         framework=framework,
         activations=largest.activations,
-        allocator=round(largest.activations * _KEPT_BY_ALLOCATOR[on_accelerator]),
+        allocator=_kept_by_allocator(largest.activations, on_accelerator),
         loss=_TILES_AT_ONCE * min(4 * config.batch_size * rows * processes, _TILE_BYTES),
         gathered=8 * rows * processes * encoder.embedding_dim if processes > 1 else 0,
         **parameters,
@@ -406,6 +409,13 @@ def _plain_optimizer(config: TrainConfig) -> TrainConfig:
     """The optimizer of the settings, without what names parameters of the model."""
     changes = {"lr_groups": {}, "layerwise_lr_decay": None, "freeze": [], "unfreeze_at_step": {}}
     return config.model_copy(update=changes)
+
+
+def _kept_by_allocator(activations: int, on_accelerator: bool) -> int:
+    if on_accelerator:
+        return round(_KEPT_BY_ALLOCATOR * activations)
+    share, most = _KEPT_BY_MALLOC
+    return min(round(share * activations), most)
 
 
 def _largest_chunk(

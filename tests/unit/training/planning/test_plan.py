@@ -1,6 +1,7 @@
 """The plan adds up, and follows the settings as a run does."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -105,7 +106,7 @@ def test_communication(settings):
 
 def test_pictures(tmp_path):
     from tests.pictures import mode_rows, write_pictures
-    from tests.tiny import write_rows
+    from tests.tiny import tiny_clip, write_rows
 
     write_pictures(tmp_path)
     write_rows(tmp_path / "rows.jsonl", mode_rows("t2i"))
@@ -153,7 +154,7 @@ def test_memory_is_within_15_percent_of_a_run_of_a_real_model(tmp_path, changes)
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, json.dumps(settings)],
         capture_output=True, text=True, check=True,
-        env={**__import__("os").environ, "MALLOC_MMAP_THRESHOLD_": "131072",
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "131072",
              "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )  # fmt: skip
     peak = int(done.stdout.splitlines()[2])
