@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from vembed.config import TrainConfig
-from vembed.training.planning.plan import Communication, plan_run
+from vembed.training.planning.plan import Communication, Plan, plan_run
 
 MIB = 2**20
+_PLANS: dict[str, Plan] = {}
 
 # The peak of a process up to its third step. Freed memory goes back at once, so that it counts
 # what lives.
@@ -41,7 +42,11 @@ def settings(tiny_st_path, pairs_path):
 
 
 def plan(settings, **arguments):
-    return plan_run(TrainConfig(**settings), flops_per_second=1e9, **arguments)
+    """The plan; made once for the same settings."""
+    key = json.dumps([settings, arguments], sort_keys=True)
+    if key not in _PLANS:
+        _PLANS[key] = plan_run(TrainConfig(**settings), flops_per_second=1e9, **arguments)
+    return _PLANS[key]
 
 
 def test_weights_gradients_and_optimizer(settings):
