@@ -570,6 +570,12 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = Field(
         False, description="Recompute layers in backward: less memory, more time"
     )
+    torch_compile: bool = Field(
+        False, description="Compile the model's layers, once for all lengths: slow to start"
+    )
+    torch_compile_backend: Literal["inductor", "aot_eager", "eager"] = Field(
+        "inductor", description="What compiles them; aot_eager and eager only trace, to find errors"
+    )
     use_gradient_cache: bool = Field(
         False, description="Encode in chunks and recompute them: large batches in little memory"
     )
@@ -789,6 +795,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
     ]
     return [
         *missing,
+        *_settings_without_use(config),
         *_model_conflicts(config),
         *_composed_conflicts(config),
         *_lora_conflicts(config),
@@ -796,10 +803,152 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_matryoshka_conflicts(config),
         *_token_conflicts(config),
         *_data_conflicts(config),
-        *_validation_conflicts(config),
         *_distillation_conflicts(config),
         *_optimisation_conflicts(config),
     ]
+
+
+class _Need(NamedTuple):
+    """Settings that change nothing unless another setting lets them."""
+
+    keys: tuple[str, ...]
+    of: str
+    is_met: Callable[[TrainConfig], object]
+    rule: str
+
+
+_NEEDS = (
+    _Need(
+        ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_dora", "use_rslora",
+         "lora_quantization", "adapter_path", "save_adapter"),
+        "use_lora", lambda c: c.use_lora, "without adapters. Set use_lora: true",
+    ),
+    _Need(
+        ("gradient_cache_chunk_size", "gradient_cache_chunk_tokens", "gradient_cache_keep"),
+        "use_gradient_cache", lambda c: c.use_gradient_cache,
+        "without the gradient cache. Set use_gradient_cache: true",
+    ),
+    _Need(
+        ("torch_compile_backend",), "torch_compile", lambda c: c.torch_compile,
+        "without torch_compile. Set it to true",
+    ),
+    _Need(
+        ("mrl_dims", "mrl_weights", "mrl_layers"), "use_mrl", lambda c: c.use_mrl,
+        "without Matryoshka. Set use_mrl: true",
+    ),
+    _Need(
+        ("teacher_revision", "teacher_dtype", "teacher_cache"), "teacher_model_name",
+        lambda c: c.teacher_model_name is not None, "without a teacher. Set teacher_model_name",
+    ),
+    _Need(
+        ("teacher_chunk_size",), "teacher_cache", lambda c: c.teacher_cache is not None,
+        "where nothing is stored. Set teacher_cache",
+    ),
+    _Need(
+        ("distillation_alpha", "distillation_temperature", "distillation_kwargs"),
+        "teacher_model_name",
+        lambda c: c.teacher_model_name is not None or c.distillation_loss is not None,
+        "without distillation. Set teacher_model_name, or distillation_loss: score",
+    ),
+    _Need(
+        ("eval_steps", "metric_for_best"), "val_data_path",
+        lambda c: c.val_data_path is not None, "without validation. Set val_data_path",
+    ),
+    _Need(
+        ("holdout_ratio",), "test_data_path",
+        lambda c: c.test_data_path is None or c.holdout_ratio == 0,
+        "beside test_data_path, which is the test set. Remove one of them",
+    ),
+    _Need(
+        ("max_bad_records",), "on_bad_record", lambda c: c.on_bad_record != "fail",
+        "where a bad record ends the run. Set on_bad_record: quarantine",
+    ),
+    _Need(
+        ("shuffle_buffer_size",), "streaming", lambda c: c.streaming,
+        "where all rows are shuffled. Set streaming: true",
+    ),
+    _Need(
+        ("batch_sampler_kwargs",), "streaming", lambda c: not c.streaming,
+        "with a stream, whose rows make batches as they come. Set streaming: false",
+    ),
+    _Need(
+        ("save_total_limit",), "save_steps", lambda c: c.save_steps,
+        "without checkpoints on the way. Set save_steps",
+    ),
+    _Need(
+        ("project_name", "run_name", "tags"), "report_to", lambda c: c.report_to,
+        "without a tracker. Set report_to",
+    ),
+    _Need(
+        ("ddp_static_graph",), "num_processes", lambda c: c.num_processes != 1,
+        "with one process, which exchanges nothing. Set num_processes to more",
+    ),
+    _Need(
+        ("revision",), "model_name", lambda c: not _is_local(c.model_name),
+        "with a model on this machine. Name one of the hub",
+    ),
+    _Need(
+        ("teacher_revision",), "teacher_model_name", lambda c: not _is_local(c.teacher_model_name),
+        "with a teacher on this machine. Name one of the hub",
+    ),
+    _Need(
+        ("image_root", "image_hosts", "max_image_pixels", "image_check"), "retrieval_mode",
+        lambda c: set(c.retrieval_mode) & {"i", "m"},
+        "where retrieval_mode has no image. Remove it, or choose a mode with i or m",
+    ),
+    _Need(
+        ("max_seq_length",), "retrieval_mode", lambda c: c.retrieval_mode != "i2i",
+        "where retrieval_mode has no text. Remove it, or choose a mode with t or m",
+    ),
+    _Need(
+        ("query_prompt",), "retrieval_mode", lambda c: c.retrieval_mode[0] != "i",
+        "where queries are images. Remove it, or choose a mode with queries of t or m",
+    ),
+    _Need(
+        ("document_prompt",), "retrieval_mode", lambda c: c.retrieval_mode[-1] != "i",
+        "where documents are images. Remove it, or choose a mode with documents of t or m",
+    ),
+    _Need(
+        ("optimizer_betas",), "optimizer",
+        lambda c: c.optimizer not in ("sgd", "rmsprop", "adafactor"),
+        "with an optimizer other than Adam's. Set optimizer: adamw",
+    ),
+    _Need(
+        ("optimizer_eps",), "optimizer", lambda c: c.optimizer not in ("sgd", "adafactor"),
+        "with an optimizer that has no such term. Set optimizer: adamw",
+    ),
+    _Need(
+        ("warmup_ratio", "warmup_steps"), "scheduler_type",
+        lambda c: c.scheduler_type not in ("constant", "reduce_lr_on_plateau", "greedy"),
+        "with a schedule that has no warm-up. Set scheduler_type: constant_with_warmup",
+    ),
+    _Need(
+        ("scheduler_kwargs",), "scheduler_type",
+        lambda c: c.scheduler_type not in ("constant", "constant_with_warmup"),
+        "with a schedule that takes no arguments. Choose another scheduler_type",
+    ),
+)  # fmt: skip
+
+
+def _settings_without_use(config: TrainConfig) -> Iterator[Problem]:
+    """Settings other than their defaults that the others leave without effect.
+
+    `max_steps` beside `epochs`, and `warmup_steps` beside `warmup_ratio`, are no such case: each
+    says that it wins, so that a file with the one can be tried out with the other.
+    """
+    for need in _NEEDS:
+        if need.is_met(config):
+            continue
+        for key in need.keys:
+            default = type(config).model_fields[key].get_default(call_default_factory=True)
+            if config[key] != default:
+                yield Problem((key, need.of), f"has no use {need.rule}")
+
+
+def _is_local(model_name: str | None) -> bool:
+    return model_name is not None and (
+        model_name.startswith("package:") or os.path.isdir(model_name)
+    )
 
 
 def _model_conflicts(config: TrainConfig) -> Iterator[Problem]:
@@ -853,9 +1002,6 @@ def _remote_code_conflicts(config: TrainConfig) -> Iterator[Problem]:
 
 
 def _lora_conflicts(config: TrainConfig) -> Iterator[Problem]:
-    for key in ("use_dora", "use_rslora", "lora_quantization", "adapter_path"):
-        if config[key] and not config.use_lora:
-            yield Problem((key, "use_lora"), "has no use without adapters. Set use_lora: true")
     if config.lora_quantization is None:
         return
     if find_spec("bitsandbytes") is None:
@@ -942,9 +1088,6 @@ def _token_conflicts(config: TrainConfig) -> Iterator[Problem]:
 def _matryoshka_conflicts(config: TrainConfig) -> Iterator[Problem]:
     dims, weights = config.mrl_dims, config.mrl_weights
     if not config.use_mrl:
-        for key in ("mrl_dims", "mrl_weights", "mrl_layers"):
-            if config[key] is not None:
-                yield Problem((key, "use_mrl"), "has no use without Matryoshka. Set use_mrl: true")
         return
     if dims is not None and (not dims or len(set(dims)) < len(dims)):
         yield Problem(("mrl_dims",), f"expected different numbers. Received: {dims}")
@@ -962,21 +1105,10 @@ def _matryoshka_conflicts(config: TrainConfig) -> Iterator[Problem]:
 
 def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
     if not set(config.retrieval_mode) & {"i", "m"}:
-        for key in _changed(config, "image_root", "image_hosts", "max_image_pixels", "image_check"):
-            yield Problem(
-                (key, "retrieval_mode"),
-                f"has no use: retrieval_mode {config.retrieval_mode} has no image. "
-                "Remove it, or choose a mode with i or m",
-            )
         sets = config.data_path if isinstance(config.data_path, list) else []
         if any(isinstance(one, DatasetSpec) and one.image_root is not None for one in sets):
             rule = f"image_root has no use: retrieval_mode {config.retrieval_mode} has no image"
             yield Problem(("data_path", "retrieval_mode"), rule)
-    if config.max_bad_records is not None and config.on_bad_record == "fail":
-        yield Problem(
-            ("max_bad_records", "on_bad_record"),
-            "has no use: a bad record ends the run. Set on_bad_record: quarantine",
-        )
     if not config.streaming:
         return
     if config.batch_sampler not in ("auto", "random"):
@@ -1002,22 +1134,6 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
         )
 
 
-def _changed(config: TrainConfig, *keys: str) -> list[str]:
-    """Those of the keys that have another value than their default."""
-    fields = type(config).model_fields
-    return [key for key in keys if config[key] != fields[key].default]
-
-
-def _validation_conflicts(config: TrainConfig) -> Iterator[Problem]:
-    if config.val_data_path is not None:
-        return
-    for key in ("eval_steps", "metric_for_best"):
-        if config[key] is not None:
-            yield Problem(
-                (key, "val_data_path"), "has no use without validation. Set val_data_path"
-            )
-
-
 def _distillation_conflicts(config: TrainConfig) -> Iterator[Problem]:
     kinds = config.distillation_loss
     names = [kinds] if isinstance(kinds, str) else list(kinds or {})
@@ -1029,21 +1145,11 @@ def _distillation_conflicts(config: TrainConfig) -> Iterator[Problem]:
             )
     if config.teacher_model_name is not None:
         return
-    for key in ("teacher_revision", "teacher_dtype", "teacher_cache"):
-        if config[key] is not None:
-            yield Problem(
-                (key, "teacher_model_name"), "has no use without a teacher. Set teacher_model_name"
-            )
     if lacking := [name for name in names if name in ("similarity_kl", "embedding", "relational")]:
         yield Problem(
             ("distillation_loss", "teacher_model_name"),
             f"{', '.join(lacking)} needs a teacher's embeddings. Set teacher_model_name, or take "
             "score, which can do with teacher_scores in the rows",
-        )
-    if config.distillation_kwargs and not names:
-        yield Problem(
-            ("distillation_kwargs", "teacher_model_name"),
-            "has no use without distillation. Set teacher_model_name",
         )
 
 
@@ -1125,6 +1231,12 @@ def _fsdp2_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("mixed_precision", "distributed_strategy"),
             "fp16 scales the loss by what all gradients allow, but with distributed_strategy: "
             "fsdp2 a process sees its share only. Use bf16 or no",
+        )
+    if config.torch_compile:
+        yield Problem(
+            ("torch_compile", "distributed_strategy"),
+            "compiled layers cannot be shared out here. Set torch_compile: false, or "
+            "distributed_strategy: ddp",
         )
     if config.num_processes == 1:
         yield Problem(

@@ -67,7 +67,7 @@ def test_check_shows_images_texts_and_what_is_left_out(folder, capsys):
         ({}, ("--max_image_pixels", 10), "must not have more than 10 pixels"),
         ({}, ("--image_root", "nowhere"), "image_root: there is no folder 'nowhere'"),
         ({}, ("--max_image_pixels", 10**12), "--max_image_pixels: must be at most 178956970"),
-        ({}, ("--max_bad_records", 5), "has no use: a bad record ends the run"),
+        ({}, ("--max_bad_records", 5), "has no use where a bad record ends the run"),
         ({}, ("--retrieval_mode", "t2t", "--image_check", "decode"), "has no image"),
     ],
 )

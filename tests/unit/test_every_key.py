@@ -371,6 +371,19 @@ class TestWhatOnlyChangesHowARunComputes:
             {**settings, "gradient_checkpointing": True}
         ).backbone.is_gradient_checkpointing
 
+    def test_torch_compile_and_torch_compile_backend(self, observed, monkeypatch):
+        backends = []
+        monkeypatch.setattr(
+            torch.nn.Module,
+            "compile",
+            lambda layer, *, backend, **_: backends.append(backend),
+        )
+        assert observed()["error"] is None
+        assert backends == []
+        compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+        assert observed(**compiled)["error"] is None
+        assert set(backends) == {"eager"}
+
     def test_num_processes(self):
         check_process_count({"num_processes": 1}, 1)
         with pytest.raises(DistributedError):

@@ -15,6 +15,7 @@ COMMANDS = {
     "encode": ("vembed.cli.encode", "turn the rows of a file into vectors (.npy)"),
     "teach": ("vembed.cli.teach", "store what a teacher says about the training rows"),
     "check": ("vembed.cli.check", "check settings and all data without training"),
+    "plan": ("vembed.cli.plan", "predict memory, time and communication without training"),
     "verify": ("vembed.cli.verify", "prove that gradients are exact, for your own settings"),
     "doctor": ("vembed.cli.doctor", "find what is wrong with the machine or the installation"),
     "quickstart": ("vembed.quickstart", "the main job in minutes, on its own data: text or images"),

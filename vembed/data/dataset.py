@@ -12,8 +12,6 @@ from os import PathLike
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
-import pyarrow  # type: ignore[import-untyped]
-import pyarrow.compute  # type: ignore[import-untyped]
 import torch.utils.data
 from pydantic import ValidationError
 
@@ -130,6 +128,9 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
     @property
     def pair_ids(self) -> PairIds:
         """Content ids of each row's query with each of its positives; no row is read for it."""
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.compute  # type: ignore[import-untyped]
+
         chunks = [c for part in self._parts for c in part.column("positive_ids").chunks]
         lists = pyarrow.chunked_array(chunks).take(pyarrow.array(self._indices)).combine_chunks()
         rows = pyarrow.compute.list_parent_indices(lists).to_numpy()

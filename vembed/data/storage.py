@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
 from vembed import image_urls, images, modes
@@ -34,13 +33,12 @@ from vembed.images import (
 )
 from vembed.modes import IMAGE, TEXT, Item, RetrievalMode
 
+# Imported where it is used: it takes long, and a step on a loader of one's own needs none of it.
+if TYPE_CHECKING:
+    import datasets
+
 _ITEM_FIELDS = ("query", "positive", "negative")
-_IMAGE = {
-    "path": datasets.Value("large_string"),
-    "data": datasets.Value("large_binary"),
-    "offset": datasets.Value("int64"),
-    "size": datasets.Value("int64"),
-}
+_IMAGE = {"path": "large_string", "data": "large_binary", "offset": "int64", "size": "int64"}
 _WRITTEN_ROWS = 1000
 _WRITTEN_IMAGE_ROWS = 100
 _READERS = (modes, images, image_urls)
@@ -204,6 +202,8 @@ def store_rows(
 def _generate(
     source: Source, rules: RowRules, progress: ShareOfProgress, changes: str = ""
 ) -> datasets.Dataset:
+    import datasets
+
     arguments = {
         "source": source,
         "rules": rules,
@@ -244,6 +244,9 @@ def _generate_columns(
 @cache
 def _features(mode: RetrievalMode) -> datasets.Features:
     """Columns of the stored rows: texts and images of a field apart, each if the mode has it."""
+    import datasets
+
+    image = {name: datasets.Value(kind) for name, kind in _IMAGE.items()}
     text, number = datasets.Value("large_string"), datasets.Value("int64")
     features: dict[str, Any] = {}
     for field, modality in zip(_ITEM_FIELDS, _modalities(mode), strict=True):
@@ -251,7 +254,7 @@ def _features(mode: RetrievalMode) -> datasets.Features:
         if modality != IMAGE:
             features[field] = text if is_one else [text]
         if modality != TEXT:
-            features[f"{field}_image"] = _IMAGE if is_one else [_IMAGE]
+            features[f"{field}_image"] = image if is_one else [image]
     return datasets.Features(
         {
             **features,
@@ -403,6 +406,8 @@ def _code_digest() -> str:
 @contextmanager
 def _quiet_datasets() -> Iterator[None]:
     """Without the progress bars of `datasets`, whose own state is put back afterwards."""
+    import datasets
+
     was_disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 
 def pearson(columns: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -23,4 +22,7 @@ def pearson(columns: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def spearman(columns: NDArray[np.float64]) -> NDArray[np.float64]:
     """Spearman rank correlation of the two columns of `[..., n, 2]`; ties take their mean rank."""
+    # Here, because scipy.stats takes long to import and few tasks rank numbers.
+    from scipy.stats import rankdata
+
     return pearson(rankdata(columns, axis=-2))

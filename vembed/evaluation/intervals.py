@@ -16,7 +16,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from vembed.errors import ConfigError
 from vembed.evaluation.correlation import pearson, spearman
@@ -185,6 +184,8 @@ def _randomisation_test(name: str, before: Floats, after: Floats) -> float:
     name = metric_without_reduction(name)
     difference = _correlation_swaps if name in _STATISTICS else _mean_swaps
     if name == "spearman":
+        from scipy.stats import rankdata
+
         before, after = rankdata(before, axis=0), rankdata(after, axis=0)
     observed, swapped = difference(before, after)
     # The tolerance lets rounding not decide whether an equal difference counts.

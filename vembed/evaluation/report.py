@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from vembed.evaluation.curves import History, build_panels, panel_svg, write_png
-from vembed.evaluation.gallery import Gallery, gallery_png
+from vembed.evaluation.gallery import Gallery
+from vembed.evaluation.gallery_picture import gallery_png
 from vembed.evaluation.intervals import MetricChange
 from vembed.evaluation.metrics import metric_label
 from vembed.evaluation.moved import MovedQueries, MovedQuery

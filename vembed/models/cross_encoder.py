@@ -15,9 +15,8 @@ import torch
 
 from vembed.chunking import count_tokens, plan_chunks, take_rows
 from vembed.errors import CheckpointError, ConfigError
-from vembed.models.tokenizing import choose_length
-
 from vembed.models.json_files import read_object
+from vembed.models.tokenizing import choose_length
 from vembed.models.weights import UNREADABLE
 
 _SUFFIX = "ForSequenceClassification"

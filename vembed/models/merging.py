@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor, nn
 
 
+def has_adapters(module: Any) -> bool:
+    """Whether it is a `PeftModel`; without importing peft, which nobody needs who has none."""
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(module, peft.PeftModel)
+
+
 def merged(backbone: Any) -> Any:
     """The backbone with adapters merged in: itself when it has none, else a copy on the CPU."""
-    from peft import PeftModel
-
-    if not isinstance(backbone, PeftModel):
+    if not has_adapters(backbone):
         return backbone
     # A copy, because unmerging rounds: it would not give the live weights back exactly.
     return plain_copy(backbone).merge_and_unload(safe_merge=True)

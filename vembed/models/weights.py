@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel
 
 from vembed.errors import CheckpointError, ConfigError
 from vembed.models.merging import merged
@@ -22,6 +24,8 @@ UNREADABLE = (OSError, EOFError, SafetensorError, UnpicklingError)
 """What reading a file of weights raises where it is damaged, or would run code."""
 
 _TALKATIVE = ("modeling_utils", "configuration_utils")
+
+_builder: ContextVar[Callable[[Any], Any] | None] = ContextVar("_builder", default=None)
 
 
 def load_backbone(
@@ -43,30 +47,17 @@ def load_backbone(
     options: dict[str, Any] = {}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
+    if build := _builder.get():
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        options |= {"dtype": config.dtype if torch_dtype == "auto" else torch_dtype}
+        return build(partial(AutoModel.from_config, config, **options))
     if quantization is not None:
         options |= quantization_options(quantization, torch_dtype)
-    try:
-        with _unreported():
-            backbone, info = AutoModel.from_pretrained(
-                folder,
-                dtype=torch_dtype,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,  # reported below, together with what is missing
-                **options,
-            )
-    except UNREADABLE as error:
-        raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{folder}: transformers cannot load this model ({error})") from error
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # Of a config.json that no model can have, it raises whatever happens to it.
-        raise CheckpointError(
-            f"{folder}: transformers cannot load this model ({type(error).__name__}: {error})"
-        ) from error
+    backbone, info = _read_backbone(
+        folder, dtype=torch_dtype, trust_remote_code=trust_remote_code, **options
+    )
     lost = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     lost += sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if lost:
@@ -80,6 +71,45 @@ def load_backbone(
     if getattr(text_config, "use_cache", False):
         text_config.use_cache = False  # keys and values for generation, which no embedding needs
     return backbone
+
+
+@contextmanager
+def without_weights(build: Callable[[Callable[[], Any]], Any]) -> Iterator[None]:
+    """Inside, backbones are made from their config alone, and no weight is read.
+
+    Args:
+        build: Calls what it is given, which returns the backbone, where its weights take no memory.
+    """
+    token = _builder.set(build)
+    try:
+        yield
+    finally:
+        _builder.reset(token)
+
+
+def _read_backbone(folder: Path, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model, and what transformers found missing or of another shape."""
+    try:
+        with _unreported():
+            found: tuple[Any, dict[str, Any]] = AutoModel.from_pretrained(
+                folder,
+                output_loading_info=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported by the caller, with what is missing
+                **options,
+            )
+            return found
+    except UNREADABLE as error:
+        raise CheckpointError(f"{folder}: the weights cannot be read ({error})") from error
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{folder}: transformers cannot load this model ({error})") from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # Of a config.json that no model can have, it raises whatever happens to it.
+        raise CheckpointError(
+            f"{folder}: transformers cannot load this model ({type(error).__name__}: {error})"
+        ) from error
 
 
 @contextmanager

@@ -15,10 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
@@ -34,6 +33,9 @@ from vembed.modes import Item
 from vembed.token_vectors import cat_items
 from vembed.training.adapters import adapters_of
 from vembed.training.data_utils import Inputs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
@@ -285,12 +287,14 @@ def _literal_inputs(encoder: Any) -> list[Inputs]:
     ]
 
 
-def _literal_images() -> Iterator[Image.Image]:
+def _literal_images() -> Iterator[Image]:
     """Stripes of one colour each, from wide to narrow."""
+    from PIL.Image import frombytes
+
     size = 64
     for number, colour in enumerate([(220, 40, 40), (40, 160, 60), (50, 60, 200)], start=1):
         rows = (bytes(colour if x * number // 16 % 2 else (250, 250, 240)) for x in range(size))
-        yield Image.frombytes("RGB", (size, size), b"".join(rows) * size)
+        yield frombytes("RGB", (size, size), b"".join(rows) * size)
 
 
 def _is_new(model: Any) -> bool:

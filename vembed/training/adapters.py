@@ -17,6 +17,7 @@ from torch import nn
 
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError, did_you_mean
+from vembed.models.merging import has_adapters
 from vembed.models.towers import HEADS
 
 _IN_A_HEAD = rf"(.*\.)?({'|'.join(HEADS)})(\..*)?"
@@ -153,9 +154,7 @@ def adapted_layers(model: nn.Module) -> list[str]:
 
 def adapters_of(model: nn.Module) -> dict[str, Any]:
     """The backbones with adapters (`PeftModel`), by name."""
-    from peft import PeftModel
-
-    return {name: module for name, module in model.named_modules() if isinstance(module, PeftModel)}
+    return {name: module for name, module in model.named_modules() if has_adapters(module)}
 
 
 def _adaptable(backbone: nn.Module) -> Iterator[tuple[str, nn.Module]]:

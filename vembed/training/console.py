@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import logging
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import transformers
-from rich.console import Console
-from rich.logging import RichHandler
 
 from vembed.redaction import RedactingFormatter
 
-STDERR = Console(stderr=True)
-"""Shared by log lines and progress bar, so that rich prints the lines above the bar."""
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def stderr_terminal() -> Console | None:
+    """Shared by log lines and progress bar, so that rich prints the lines above the bar.
+
+    Returns:
+        None where stderr is no terminal, or rich is not installed.
+    """
+    if find_spec("rich") is None:
+        return None
+    console = _stderr()
+    return console if console.is_terminal else None
+
+
+@cache
+def _stderr() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def configure_logging(*, main_process: bool) -> None:
@@ -33,13 +53,16 @@ def configure_logging(*, main_process: bool) -> None:
 
 
 def _handler() -> logging.Handler:
-    # Rich would break lines at 80 columns in a file.
-    handler = (
-        logging.StreamHandler()
-        if not STDERR.is_terminal
-        else RichHandler(
-            console=STDERR, show_path=False, show_level=False, show_time=False, highlighter=None
+    console = stderr_terminal()
+    handler: logging.Handler
+    if console is None:
+        # Rich would break lines at 80 columns in a file.
+        handler = logging.StreamHandler()
+    else:
+        from rich.logging import RichHandler
+
+        handler = RichHandler(
+            console=console, show_path=False, show_level=False, show_time=False, highlighter=None
         )
-    )
     handler.setFormatter(RedactingFormatter())
     return handler

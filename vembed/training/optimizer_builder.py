@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_scheduler
-from transformers.trainer_utils import SchedulerType
 
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError
@@ -183,6 +181,10 @@ def build_scheduler(
     Raises:
         ConfigError: if the schedule is unknown or its arguments do not fit.
     """
+    # Here, because they import peft where it is installed.
+    from transformers import get_scheduler
+    from transformers.trainer_utils import SchedulerType
+
     config = TrainConfig.coerce(config)
     names = [kind.value for kind in SchedulerType]
     if config.scheduler_type not in names:

@@ -10,7 +10,6 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
-from rich.console import Console
 
 from vembed import __version__
 from vembed.config import TrainConfig
@@ -107,6 +106,8 @@ def report(result: RunResult, config: TrainConfig, facts: Mapping[str, str]) -> 
 
 def show(result: RunResult) -> None:
     """Print the before/after table, the queries that moved, and where everything is."""
+    from rich.console import Console
+
     from vembed.evaluation.report import render_moved, render_table
 
     console = Console()

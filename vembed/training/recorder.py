@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate import Accelerator
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from vembed.config import TrainConfig
 from vembed.distributed import all_reduce_mean
 from vembed.errors import VembedError
-from vembed.training.console import STDERR
+from vembed.training.console import stderr_terminal
 from vembed.training.evaluator import Validation
 from vembed.training.trackers import log_to_trackers
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from vembed.training.trainer import StepOutput
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,10 @@ class Recorder:
         self.accelerator = accelerator
         self.history = history
         self._path = Path(config.output_dir) / METRICS_NAME
-        shown = config.progress and accelerator.is_main_process and STDERR.is_terminal
-        self._bar = _progress_bar(shown)
-        self._task = self._bar.add_task("training", total=total_steps, numbers="")
+        terminal = stderr_terminal() if config.progress and accelerator.is_main_process else None
+        self._bar = None if terminal is None else _Bar(terminal, total_steps)
         self._total_steps = total_steps
-        self._prints_lines = config.progress and not shown
+        self._prints_lines = config.progress and self._bar is None
         self._window: list[tuple[list[StepOutput], Tensor]] = []
         self._rows = 0
         self._since = time.perf_counter()
@@ -70,7 +70,8 @@ class Recorder:
         if self.accelerator.is_main_process:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text("", encoding="utf-8")
-        self._bar.start()
+        if self._bar is not None:
+            self._bar.progress.start()
         return self
 
     def __exit__(
@@ -79,11 +80,13 @@ class Recorder:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.progress.stop()
 
     def say(self, what: str) -> None:
         """Name what the run is doing, beside the bar."""
-        self._bar.update(self._task, description=what)
+        if self._bar is not None:
+            self._bar.update(description=what)
 
     def add(self, outputs: Sequence[StepOutput], grad_norm: Tensor, *, rows: int) -> None:
         """Take in one optimizer step.
@@ -95,7 +98,8 @@ class Recorder:
         """
         self._window.append((list(outputs), grad_norm))
         self._rows += rows
-        self._bar.update(self._task, advance=1, description="training")
+        if self._bar is not None:
+            self._bar.update(advance=1, description="training")
 
     def log_step(self, step: int, epoch: float, facts: Mapping[str, float]) -> None:
         """Write the means since the last call (loss, its parts, gradient norm) and `facts`.
@@ -110,7 +114,8 @@ class Recorder:
         self._window, self._rows = [], 0
         _require_finite(line)
         numbers = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {speed:.1f} examples/s"
-        self._bar.update(self._task, numbers=numbers)
+        if self._bar is not None:
+            self._bar.update(numbers=numbers)
         self._write(line, f"step {step}/{self._total_steps}  {numbers}")
         log_to_trackers(
             self.accelerator, {**_named(line), "train/examples_per_second": speed}, step
@@ -136,8 +141,8 @@ class Recorder:
             file.write(json.dumps(line) + "\n")
         if self._prints_lines:
             logger.info(text)
-        elif above_bar and self._bar.live.is_started:
-            self._bar.console.print(text, highlight=False)
+        elif above_bar and self._bar is not None:
+            self._bar.progress.console.print(text, highlight=False)
 
     def _means(self) -> dict[str, float]:
         """Means over the window and over processes; one read from the device."""
@@ -156,17 +161,33 @@ class Recorder:
         }
 
 
-def _progress_bar(shown: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description:<10}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TextColumn("ETA"),
-        TimeRemainingColumn(compact=True),
-        console=STDERR,
-        disable=not shown,
-    )
+class _Bar:
+    """The progress bar of a terminal."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        # Here, because a run without a terminal needs none of it.
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+
+        self.progress = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self._task = self.progress.add_task("training", total=total_steps, numbers="")
+
+    def update(self, **changes: Any) -> None:
+        """Change what the bar shows."""
+        self.progress.update(self._task, **changes)
 
 
 def _named(line: Mapping[str, float]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from vembed.distributed import reduce_gradients
 from vembed.errors import ConfigError
 from vembed.losses.matryoshka import layers_of
 from vembed.training.adapter_gate import AdapterWatch, Probe
+from vembed.training.compiling import compile_layers
 from vembed.training.data_utils import (
     Inputs,
     embed,
@@ -141,7 +142,7 @@ class Trainer:
         alpha = self.config.distillation_alpha if distillation_loss_fn is not None else 1.0
         self.objective = Objective(criterion, distillation_loss_fn, alpha)
         self.plain_step = GradientCache(chunk_tokens=self.config.chunk_tokens, keep="all")
-        self.gradient_cache = _build_gradient_cache(self.config)
+        self.gradient_cache = build_gradient_cache(self.config)
         self._clamp = getattr(criterion, "clamp", None)
         self._unfreezing = Unfreezing(model, criterion, self.config.unfreeze_at_step)
         self._adapter_watch = AdapterWatch(model)
@@ -155,6 +156,7 @@ class Trainer:
         accelerator = self.accelerator
         if self._sharded is None:
             self._prepare_model()
+        compile_layers(accelerator.unwrap_model(self.model), self.config)
         self.optimizer = accelerator.prepare(self.optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.dataloader, RecordLoader):
             self.dataloader = accelerator.prepare(self.dataloader)
@@ -398,7 +400,8 @@ class Trainer:
             )
 
 
-def _build_gradient_cache(config: TrainConfig) -> GradientCache:
+def build_gradient_cache(config: TrainConfig) -> GradientCache:
+    """The gradient cache that the settings ask for."""
     size, tokens = config.gradient_cache_chunk_size, config.gradient_cache_chunk_tokens
     if size is None and tokens is None:
         size = _DEFAULT_CHUNK_SIZE

@@ -14,7 +14,7 @@ from tests.pictures import COLORS, plain
 from tests.unit.evaluation.test_report import write
 from vembed.errors import ConfigError
 from vembed.evaluation import RetrievalTask, choose_gallery
-from vembed.evaluation.gallery import gallery_png
+from vembed.evaluation.gallery_picture import gallery_png
 from vembed.images import as_image_source
 from vembed.modes import Item
 

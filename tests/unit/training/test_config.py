@@ -118,6 +118,8 @@ OTHER = {
     "mixed_precision": ("bf16", "bf16"),
     "chunk_tokens": ("100", 100),
     "gradient_checkpointing": ("true", True),
+    "torch_compile": ("true", True),
+    "torch_compile_backend": ("aot_eager", "aot_eager"),
     "use_gradient_cache": ("true", True),
     "gradient_cache_chunk_size": ("2", 2),
     "gradient_cache_chunk_tokens": ("64", 64),
@@ -147,8 +149,31 @@ NEEDS = {
     "image_model_name": {"text_model_name": "t"},
     "trust_remote_code": {"revision": "0a" * 20},
     **dict.fromkeys(
-        ["use_dora", "use_rslora", "lora_quantization", "adapter_path"], {"use_lora": "true"}
+        [
+            "lora_r",
+            "lora_alpha",
+            "lora_dropout",
+            "lora_target_modules",
+            "use_dora",
+            "use_rslora",
+            "lora_quantization",
+            "adapter_path",
+            "save_adapter",
+        ],
+        {"use_lora": "true"},
     ),
+    **dict.fromkeys(
+        ["gradient_cache_chunk_size", "gradient_cache_chunk_tokens", "gradient_cache_keep"],
+        {"use_gradient_cache": "true"},
+    ),
+    **dict.fromkeys(["project_name", "run_name", "tags"], {"report_to": "wandb"}),
+    "save_total_limit": {"save_steps": "5"},
+    "torch_compile_backend": {"torch_compile": "true"},
+    "shuffle_buffer_size": {"streaming": "true", "max_steps": "3", "holdout_ratio": "0"},
+    "scheduler_kwargs": {"scheduler_type": "cosine"},
+    "teacher_chunk_size": {"teacher_model_name": "t", "teacher_cache": "c"},
+    "distillation_alpha": {"teacher_model_name": "t"},
+    "distillation_temperature": {"teacher_model_name": "t"},
     "image_root": {"retrieval_mode": "t2i"},
     "image_hosts": {"retrieval_mode": "t2i"},
     "max_image_pixels": {"retrieval_mode": "i2i"},
@@ -265,7 +290,8 @@ class TestTypesDecideNotYaml:
         ],
     )  # fmt: skip
     def test_read(self, yaml_file, line, key, value):
-        assert load("--config", yaml_file(line))[key] == value
+        extra = [word for k, v in NEEDS.get(key, {}).items() for word in (f"--{k}", v)]
+        assert load("--config", yaml_file(line), *extra)[key] == value
 
     def test_true_is_no_number(self, yaml_file):
         assert problems_of("--config", yaml_file("lr: true")) == [
@@ -430,6 +456,9 @@ class TestSaving:
         settings |= {
             "mrl_dims": [16, 8],
             "teacher_revision": "0a" * 20,
+            "optimizer": "adam",
+            "shuffle_buffer_size": 10_000,
+            "test_data_path": None,
             "ddp_static_graph": False,
             "streaming": False,
             "text_model_name": None,
