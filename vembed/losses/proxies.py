@@ -108,7 +108,7 @@ class ArcFace(nn.Module):
 
     def __init__(
         self,
-        temperature: float = 0.05,
+        temperature: float = 1 / 64,
         tile_size: TileSize = "auto",
         *,
         margin: float = 0.5,

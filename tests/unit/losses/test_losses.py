@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import subprocess
 import sys
@@ -11,10 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from vembed.config import TrainConfig
 from vembed.errors import ConfigError
 from vembed.losses import (
-    DEFAULT_TEMPERATURE,
     DISTILLATION_LOSSES,
     LOSSES,
     build_criterion,
@@ -223,14 +220,3 @@ def test_other_losses_check_their_rows():
         build_distillation_loss()(
             {"query": query, "positive": query}, {"query": query, "positive": query[:1]}
         )
-
-
-def test_a_temperature_that_nobody_set_is_the_same_in_settings_and_in_every_loss():
-    defaults = [TrainConfig().distillation_temperature]
-    for table in (LOSSES, DISTILLATION_LOSSES):
-        # That of sigmoid is where a learned temperature starts, with a bias that belongs to it.
-        losses = [resolve("loss", name, table) for name in table if name != "sigmoid"]
-        given = [inspect.signature(loss).parameters.get("temperature") for loss in losses]
-        defaults += [parameter.default for parameter in given if parameter is not None]
-    assert len(defaults) > 9
-    assert set(defaults) == {DEFAULT_TEMPERATURE}
