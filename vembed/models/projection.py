@@ -56,6 +56,8 @@ class Projection(nn.Module):
             CheckpointError: if it is not a plain Dense with an activation of torch.nn, or has no
                 weights that fit.
         """
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json")
         config = read_object(folder / "config.json")
         sizes = {"in_features": int, "out_features": int}
         require_types(folder / "config.json", config, sizes | {"activation_function": str})

@@ -480,7 +480,7 @@ def _train(trainer: Trainer) -> float:
     start_trackers(
         accelerator,
         project_name=config.project_name,
-        settings=config.redacted(),
+        settings=config.model_dump(mode="json"),
         init_kwargs=_trackers(config).init_kwargs,
     )
     # Dropout of one process must not repeat another's.

@@ -18,6 +18,7 @@ from tests.hostile import BadLine, bad_image_lines, bad_lines, good_row, mutated
 from tests.pictures import picture
 from tests.tiny import PAIRS, write_beir
 from vembed.data import Quarantine, load_dataset_records
+from vembed.data.problems import describe
 from vembed.errors import DataError, exit_status
 
 LINES = [*bad_lines(1000, seed=7), *bad_image_lines(200, seed=8)]
@@ -110,6 +111,15 @@ def test_any_depth_is_refused(tmp_path, kind):
         path.write_text(json.dumps(PAIRS[0] | {"query": "?"}).replace('"?"', nested(depth, kind)))
         with pytest.raises(DataError, match=r"rows.jsonl:1: (query|line): "):
             read(path, streaming=True)
+
+
+def test_any_depth_can_be_told():
+    deep_list, deep_object = [], {}
+    for _ in range(100_000):
+        deep_list, deep_object = [deep_list], {"a": deep_object}
+    assert describe(deep_list).endswith("(a list of 1)")
+    assert describe({"k" * 10**6: deep_object, "b": "x" * 10**6}).startswith("{'kkk")
+    assert len(describe([list(range(10**6))])) < 120
 
 
 def _write(table, path):
