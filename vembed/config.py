@@ -1197,6 +1197,12 @@ def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("mixed_precision", "torch_dtype"),
             "fp16 scales the loss, which needs weights in float32. Set torch_dtype: float32",
         )
+    if config.torch_compile and config.gradient_checkpointing:
+        yield Problem(
+            ("torch_compile", "gradient_checkpointing"),
+            "compiled layers that are computed again draw other dropout masks than uncompiled "
+            "ones. Set one of them to false; use_gradient_cache: true saves memory, too",
+        )
     if config.ddp_static_graph:
         yield from _static_graph_conflicts(config)
     if config.distributed_strategy == "fsdp2":

@@ -55,8 +55,8 @@ def compile_layers(encoder: nn.Module, config: TrainConfig) -> None:
 def repeated_layers(module: nn.Module) -> Iterator[nn.Module]:
     """The layers of each stack of at least two of one class; not those inside of a layer."""
     for child in module.children():
-        stacked = isinstance(child, nn.ModuleList | nn.Sequential)
-        if stacked and len(child) > 1 and len({type(layer) for layer in child}) == 1:
-            yield from child
+        stack = list(child) if isinstance(child, (nn.ModuleList, nn.Sequential)) else []
+        if len(stack) > 1 and len({type(layer) for layer in stack}) == 1:
+            yield from stack
         else:
             yield from repeated_layers(child)

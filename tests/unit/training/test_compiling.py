@@ -69,8 +69,12 @@ def difference(one, other) -> float:
 
 @pytest.mark.parametrize(
     ("backend", "settings"),
-    [("aot_eager", {}), ("eager", {"use_lora": True}), ("eager", {"gradient_checkpointing": True})],
-    ids=["traced backward", "lora", "checkpointing"],
+    [
+        ("aot_eager", {}),
+        ("eager", {"use_lora": True}),
+        pytest.param("inductor", {}, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
+    ids=["traced backward", "lora", "compiled"],
 )
 def test_gradients_are_those_of_the_layers_uncompiled(tiny_st_path, backend, settings):
     """With dropout, whose masks a chunk that is encoded twice has to draw again."""
@@ -128,9 +132,13 @@ def test_without_layers_it_is_an_error():
         compile_layers(model, TrainConfig(torch_compile=True))
 
 
-def test_not_with_shared_out_weights():
-    config = TrainConfig(torch_compile=True, distributed_strategy="fsdp2")
+@pytest.mark.parametrize(
+    "other", [{"distributed_strategy": "fsdp2"}, {"gradient_checkpointing": True}]
+)
+def test_what_it_does_not_go_with(other):
+    config = TrainConfig(torch_compile=True, **other)
     assert "torch_compile" in {problem.keys[0] for problem in find_conflicts(config)}
+    assert not find_conflicts(TrainConfig(torch_compile=True))
 
 
 def test_the_trainer_compiles(tiny_st_path, tmp_path):

@@ -14,6 +14,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from vembed.chunking import take_rows
 from vembed.config import TrainConfig
@@ -233,9 +234,7 @@ def measure_rate(encoder: Encoder, autocast: torch.dtype | None, seconds: float 
     Forward and backward, with norms and activation function: products alone would be faster than
     any model is.
     """
-    settings = encoder.backbone.config.get_text_config()  # type: ignore[union-attr]
-    size, heads = settings.hidden_size, getattr(settings, "num_attention_heads", 8)
-    inner = getattr(settings, "intermediate_size", None) or 4 * size
+    size, heads, inner = _layer_sizes(encoder)
     layer = nn.TransformerEncoderLayer(
         size, heads, inner, dropout=0.0, activation="gelu", batch_first=True
     )
@@ -259,6 +258,16 @@ def measure_rate(encoder: Encoder, autocast: torch.dtype | None, seconds: float 
         float(value.detach())  # waits for the device
         fastest = min(fastest, (clock() - began) / share)
     return per_pass / fastest
+
+
+def _layer_sizes(encoder: Encoder) -> tuple[int, int, int]:
+    """Width, attention heads and inner width of a layer; of unknown models, what is usual."""
+    tower = next(iter(getattr(encoder, "towers", (encoder,))))
+    config = getattr(getattr(tower, "backbone", None), "config", None)
+    settings = config.get_text_config() if isinstance(config, PretrainedConfig) else config
+    size = int(getattr(settings, "hidden_size", encoder.embedding_dim))
+    heads = int(getattr(settings, "num_attention_heads", 1))
+    return size, heads, int(getattr(settings, "intermediate_size", None) or 4 * size)
 
 
 def _build(config: TrainConfig, tracer: Tracer) -> tuple[Encoder, Encoder | None]:
@@ -407,7 +416,12 @@ def _state_per_weight(config: TrainConfig) -> float:
 
 def _plain_optimizer(config: TrainConfig) -> TrainConfig:
     """The optimizer of the settings, without what names parameters of the model."""
-    changes = {"lr_groups": {}, "layerwise_lr_decay": None, "freeze": [], "unfreeze_at_step": {}}
+    changes: dict[str, Any] = {
+        "lr_groups": {},
+        "layerwise_lr_decay": None,
+        "freeze": [],
+        "unfreeze_at_step": {},
+    }
     return config.model_copy(update=changes)
 
 
@@ -435,8 +449,8 @@ def _largest_chunk(
     )
     # With what the allocator keeps, in the same proportion.
     grown = 1 + memory.allocator / max(memory.activations, 1)
-    few, each = few * grown, max((many - few) * grown / 8, 1)
-    items = max(int((limit - memory.fixed - few) / each) + 1, 0)
+    each = max((many - few) * grown / 8, 1)
+    items = max(int((limit - memory.fixed - few * grown) / each) + 1, 0)
     return LargestChunk(items, items * tokens, tokens)
 
 

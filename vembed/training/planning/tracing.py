@@ -115,7 +115,7 @@ class Tracer:
                 output = self._encode(encode, taken)
                 saved, forward_flops = watch.bytes, watch.flops
                 if output.requires_grad:
-                    output.backward(torch.empty_like(output))
+                    torch.autograd.backward(output, torch.empty_like(output))
         return ChunkCost(
             saved, bare.most_bytes, watch.most_bytes, forward_flops, watch.flops - forward_flops
         )

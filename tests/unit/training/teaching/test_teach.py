@@ -59,8 +59,9 @@ def run(tmp_path, settings, tiny_st_path):
 
     def train(name="run", **changes):
         folder = tmp_path / name
+        taught = {key: value for key, value in settings.items() if key != "teacher_chunk_size"}
         base = {
-            **settings, "model_name": str(tiny_st_path), "output_dir": str(folder),
+            **taught, "model_name": str(tiny_st_path), "output_dir": str(folder),
             "max_steps": 3, "batch_size": 6, "logging_steps": 1, "lr": 0.05, "progress": False,
             "optimizer": "sgd",
         }  # fmt: skip
