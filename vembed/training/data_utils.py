@@ -117,6 +117,12 @@ def row_lengths(
     }
 
 
+def row_keys(batch: Mapping[str, Any]) -> dict[str, list[int]]:
+    """By role, what the collator says of which rows have the same input; empty if it does not."""
+    keys = {role: batch.get(f"keys_{role}") for role in ROLES}
+    return {role: of_role for role, of_role in keys.items() if of_role is not None}
+
+
 def concat_batches(
     batches: Sequence[Mapping[str, Tensor]], pad_token_id: int = 0
 ) -> tuple[Inputs, list[int]]:

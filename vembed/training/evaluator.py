@@ -27,6 +27,7 @@ from vembed.token_vectors import TokenVectors, Vectors
 from vembed.training.data_utils import (
     maybe_first,
     own_rows,
+    row_keys,
     row_lengths,
     unpack_extras,
     unpack_roles,
@@ -135,6 +136,7 @@ class Evaluator:
                 encode=lambda inputs: maybe_first(encoder(**inputs)),
                 inputs=inputs,
                 lengths=row_lengths(placed, inputs),
+                keys=row_keys(placed),
             )
             embeddings = own_rows(embeddings, batch)
             extras = unpack_extras(placed)

@@ -26,6 +26,7 @@ from vembed.training.data_utils import (
     Inputs,
     maybe_first,
     own_rows,
+    row_keys,
     row_lengths,
     teacher_batch,
     teacher_vectors,
@@ -327,6 +328,7 @@ class Trainer:
             encode=self._embed,
             inputs=inputs,
             lengths=lengths,
+            keys=row_keys(batch),
             objective=objective,
             backward=self.accelerator.backward,
         )
@@ -360,6 +362,7 @@ class Trainer:
             encode=lambda inputs: maybe_first(teacher(**inputs)),
             inputs=inputs,
             lengths=row_lengths(own, inputs),
+            keys=row_keys(batch),
         )
         return own_rows(embeddings, batch)
 
