@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal, Protocol
 
@@ -112,10 +113,9 @@ def _with_keys(batch: Batch) -> Batch:
 
 def number_keys(keys: Mapping[str, Sequence[Hashable]]) -> dict[str, list[int]]:
     """Equal numbers for equal keys, from 0 in the order in which they come."""
-    seen: dict[Hashable, int] = {}
-    return {
-        name: [seen.setdefault(key, len(seen)) for key in of_role] for name, of_role in keys.items()
-    }
+    distinct = dict.fromkeys(chain.from_iterable(keys.values()))
+    number = dict(zip(distinct, range(len(distinct)), strict=True))
+    return {name: [number[key] for key in of_role] for name, of_role in keys.items()}
 
 
 def _row_facts(records: Sequence[Record]) -> Batch:
@@ -128,11 +128,12 @@ def _row_facts(records: Sequence[Record]) -> Batch:
         facts["scores"] = torch.tensor(scores, dtype=torch.float32)
     teacher = [r.teacher_scores for r in records if r.teacher_scores is not None]
     if len(teacher) == len(records):
-        facts["teacher_scores"] = _padded(teacher)
+        facts["teacher_scores"] = pad_scores(teacher)
     return facts
 
 
-def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+def pad_scores(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Scores of rows of different lengths, filled up with `-inf`."""
     padded = torch.full((len(rows), max(len(row) for row in rows)), float("-inf"))
     for number, row in enumerate(rows):
         padded[number, : len(row)] = torch.tensor(row)
