@@ -289,7 +289,8 @@ def _write(folder: Path, dataset: RecordDataset, processor: TokenizingProcessor)
     if not has_types:
         (folder / _TYPES).unlink()
     token_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
-    arrays = (token_starts, layout.content_ids, layout.items, layout.row_starts, layout.positives)
+    places = (layout.items, layout.row_starts, layout.positives)
+    arrays: tuple[Numbers, ...] = (token_starts, layout.content_ids, *places)
     for name, array in zip(_ARRAYS, arrays, strict=True):
         with (folder / f"{name}.npy").open("wb") as file:
             np.save(file, array, allow_pickle=False)
