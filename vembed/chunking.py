@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vembed.placing import index_tensor
+
 DEFAULT_CHUNK_TOKENS = 4096
 
 IMAGE_INPUTS = frozenset(
@@ -169,13 +171,6 @@ def take_rows(
         else tensor
         for name, tensor in picked.items()
     }
-
-
-def index_tensor(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """`[n]` int64 on a device, without waiting for what the device still has to do."""
-    # From memory that is not pinned, CUDA copies when the device is idle, and waits for that.
-    numbers_here = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return numbers_here.to(device, non_blocking=True)
 
 
 def _image_tokens(inputs: Mapping[str, Tensor]) -> int:

@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vembed.chunking import chunk_overhead, index_tensor, plan_chunks, take_rows
+from vembed.chunking import chunk_overhead, plan_chunks, take_rows
 from vembed.distributed import any_process, local_processes, min_over_processes
+from vembed.placing import index_tensor
 from vembed.token_vectors import cat_items
 from vembed.training.copies import Copies, Place
 from vembed.training.memory import SavedBytes, available_bytes
