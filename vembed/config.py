@@ -531,6 +531,14 @@ class TrainConfig(BaseModel):
     max_grad_norm: Float = Field(
         1.0, ge=0, description="Gradient norm is clipped to this; 0 does not clip"
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What becomes of a step whose loss or gradient is not finite: it ends the run, "
+        "or changes no weight and is counted",
+    )
+    max_nonfinite_steps: Int = Field(
+        10, gt=0, description="Most steps of a run that on_nonfinite: skip leaves out"
+    )
     seed: Int = Field(42, ge=0, description="Seed of everything random")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Autocast type of forward and backward"
@@ -1007,6 +1015,11 @@ def _optimisation_conflicts(config: TrainConfig) -> Iterator[Problem]:
         yield Problem(
             ("mixed_precision", "torch_dtype"),
             "fp16 scales the loss, which needs weights in float32. Set torch_dtype: float32",
+        )
+    if _changed(config, "max_nonfinite_steps") and config.on_nonfinite == "stop":
+        yield Problem(
+            ("max_nonfinite_steps", "on_nonfinite"),
+            "has no use: the first such step ends the run. Set on_nonfinite: skip",
         )
     if config.ddp_static_graph:
         yield from _static_graph_conflicts(config)

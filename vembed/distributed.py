@@ -186,6 +186,21 @@ def fail_together(device: torch.device) -> Iterator[None]:
         raise failure
 
 
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """The text of every process, by process. Collective: every process must call it.
+
+    Args:
+        text: This process's.
+        device: Where the process group communicates from.
+    """
+    if not is_distributed():
+        return [text]
+    message = torch.tensor(list(text.encode("utf-8", "replace")), dtype=torch.uint8, device=device)
+    lengths = gather_counts(len(message), device)
+    texts = torch.split(gather_rows(message, lengths), lengths)
+    return [bytes(of_process.tolist()).decode() for of_process in texts]
+
+
 def _share_failure(own: Exception | None, device: torch.device) -> DistributedError | None:
     """What the first process that failed says; None if none did. Collective."""
     if not is_distributed():
@@ -197,11 +212,9 @@ def _share_failure(own: Exception | None, device: torch.device) -> DistributedEr
     if not any(codes):
         return None
     text = "" if own is None else str(own) if isinstance(own, VembedError) else repr(own)
-    message = torch.tensor(list(text.encode("utf-8", "replace")), dtype=torch.uint8, device=device)
-    lengths = gather_counts(len(message), device)
-    texts = torch.split(gather_rows(message, lengths), lengths)
+    texts = gather_texts(text, device)
     rank = next(rank for rank, code in enumerate(codes) if code)
-    told = bytes(texts[rank].tolist()).decode()
+    told = texts[rank]
     failure = DistributedError(f"process {rank} cannot go on, so that none can: {told}")
     failure.exit_code = codes[rank]
     failure.is_shared = True

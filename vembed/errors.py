@@ -44,6 +44,13 @@ class CheckpointError(VembedError, OSError):
     exit_code = 2
 
 
+class NonFiniteError(VembedError, ArithmeticError):
+    """A loss or a gradient that is infinite or no number."""
+
+    exit_code = 5
+    is_shared = True
+
+
 class DistributedError(VembedError, RuntimeError):
     """Processes that disagree, or fewer processes than were asked for."""
 

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from vembed.config import TrainConfig
 from vembed.distributed import all_reduce_mean
-from vembed.errors import VembedError
+from vembed.errors import NonFiniteError
 from vembed.training.console import STDERR
 from vembed.training.evaluator import Validation
+from vembed.training.step_guard import Verdict
 from vembed.training.trackers import log_to_trackers
 
 if TYPE_CHECKING:
-    from vembed.training.trainer import StepOutput
+    from vembed.training.training_loop import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Recorder:
         self._task = self._bar.add_task("training", total=total_steps, numbers="")
         self._total_steps = total_steps
         self._prints_lines = config.progress and not shown
-        self._window: list[tuple[list[StepOutput], Tensor]] = []
+        self._window: list[StepResult] = []
         self._rows = 0
         self._since = time.perf_counter()
 
@@ -85,15 +85,15 @@ class Recorder:
         """Name what the run is doing, beside the bar."""
         self._bar.update(self._task, description=what)
 
-    def add(self, outputs: Sequence[StepOutput], grad_norm: Tensor, *, rows: int) -> None:
+    def add(self, result: StepResult, *, rows: int) -> None:
         """Take in one optimizer step.
 
         Args:
-            outputs: One per micro-batch.
-            grad_norm: Norm of the whole gradient before clipping.
+            result: What it left. A step that was left out counts for no mean.
             rows: Queries of this process in the step.
         """
-        self._window.append((list(outputs), grad_norm))
+        if result.verdict is not Verdict.SKIP:
+            self._window.append(result)
         self._rows += rows
         self._bar.update(self._task, advance=1, description="training")
 
@@ -103,13 +103,14 @@ class Recorder:
         Collective: every process must call it.
 
         Raises:
-            VembedError: if the loss or the gradient is not finite; on every process alike.
+            NonFiniteError: if the loss or the gradient is not finite; on every process alike.
         """
         line = {"step": step, "epoch": round(epoch, 4), **self._means(), **facts}
         speed = self._rows * self.accelerator.num_processes / (time.perf_counter() - self._since)
         self._window, self._rows = [], 0
         _require_finite(line)
-        numbers = f"loss {line['loss']:.4f}  lr {line['lr']:.2e}  {speed:.1f} examples/s"
+        loss = f"loss {line['loss']:.4f}" if "loss" in line else "no loss"
+        numbers = f"{loss}  lr {line['lr']:.2e}  {speed:.1f} examples/s"
         self._bar.update(self._task, numbers=numbers)
         self._write(line, f"step {step}/{self._total_steps}  {numbers}")
         log_to_trackers(
@@ -140,19 +141,25 @@ class Recorder:
             self._bar.console.print(text, highlight=False)
 
     def _means(self) -> dict[str, float]:
-        """Means over the window and over processes; one read from the device."""
-        outputs = [output for group, _ in self._window for output in group]
+        """Means over the window and over processes; one read from the device.
+
+        Empty if every step of the window was left out. A gradient that overflowed in fp16 has no
+        norm; its loss counts.
+        """
+        outputs = [output for result in self._window for output in result.outputs]
+        if not outputs:
+            return {}
         names = list(outputs[0].parts)
         columns = [torch.stack([output.loss.float() for output in outputs]).mean()]
         columns += [torch.stack([o.parts[n].float() for o in outputs]).mean() for n in names]
         means = all_reduce_mean(torch.stack(columns)).tolist()
-        grad_norm = torch.stack([norm.float() for _, norm in self._window]).mean()
+        norms = [r.grad_norm.float() for r in self._window if r.verdict is Verdict.UPDATE]
         parts = {f"loss_{n}": m for n, m in zip(names, means[1:], strict=True)}
         weights = {f"weight_{name}": weight for name, weight in outputs[-1].weights.items()}
         return {
             "loss": means[0],
             **(parts | weights if len(parts) > 1 else {}),
-            "grad_norm": float(grad_norm),
+            **({"grad_norm": float(torch.stack(norms).mean())} if norms else {}),
         }
 
 
@@ -177,7 +184,7 @@ def _require_finite(line: Mapping[str, float]) -> None:
     bad = [name for name, value in line.items() if not math.isfinite(value)]
     if bad:
         values = ", ".join(f"{name} {line[name]}" for name in bad)
-        raise VembedError(
+        raise NonFiniteError(
             f"step {line['step']}: not finite since the last logging step: {values}. A smaller lr, "
             "mixed_precision: no, or a larger temperature help; the last checkpoint is untouched"
         )

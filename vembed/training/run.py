@@ -58,6 +58,7 @@ from vembed.training.run_data import (
     build_validation_loader,
     load_run_data,
 )
+from vembed.training.step_guard import NONFINITE_NAME
 from vembed.training.teaching.build import build_teaching, check_distillation_fields
 from vembed.training.teaching.cache import TeacherCache
 from vembed.training.trackers import start_trackers, stop_trackers
@@ -429,7 +430,8 @@ def _claim_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for earlier in (FINAL, BEST, "checkpoints", "report"):
             shutil.rmtree(folder / earlier, ignore_errors=True)
-        (folder / QUARANTINE_FILE).unlink(missing_ok=True)
+        for name in (QUARANTINE_FILE, NONFINITE_NAME):
+            (folder / name).unlink(missing_ok=True)
         save_config(config, folder / "config.yaml")
     accelerator.wait_for_everyone()
 

@@ -328,9 +328,18 @@ class Trainer:
             inputs=inputs,
             lengths=lengths,
             objective=objective,
-            backward=self.accelerator.backward,
+            backward=self._backward,
         )
         return StepOutput(loss.total, loss.parts, loss.weights)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Differentiate the loss; one that is not finite gives gradients that are not.
+
+        Not every function does that by itself (a term may be constant). So the reduced gradient,
+        which is the same on every process, tells each of them of a loss that is not finite
+        anywhere, and no process has to ask. A finite loss is multiplied by one.
+        """
+        self.accelerator.backward(loss * (1 + 0 * loss.detach()))
 
     def extras_of(self, batch: Batch) -> dict[str, Any]:
         """What the objective is told of a batch beside embeddings, a guide's judgement among it.

@@ -22,6 +22,7 @@ from vembed.training.evaluator import Validation
 from vembed.training.first_step import FirstStepWatch
 from vembed.training.loss_files import loss_state
 from vembed.training.recorder import Recorder
+from vembed.training.step_guard import NONFINITE_NAME, StepGuard, Verdict
 
 if TYPE_CHECKING:
     from vembed.training.trainer import StepOutput, Trainer
@@ -44,6 +45,7 @@ class TrainState:
         best_value: Best validation value so far, or None.
         best_step: The step at which it was measured; 0 is the model as it was loaded.
         history: The lines of `metrics.jsonl`, on the main process.
+        skipped_steps: Steps that changed nothing, because loss or gradient was not finite.
     """
 
     step: int = 0
@@ -51,6 +53,22 @@ class TrainState:
     best_value: float | None = None
     best_step: int | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    skipped_steps: int = 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step leaves behind.
+
+    Attributes:
+        outputs: One per micro-batch.
+        grad_norm: Norm of the whole gradient before clipping.
+        verdict: Whether it changed the weights, and why not.
+    """
+
+    outputs: list[StepOutput]
+    grad_norm: Tensor
+    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -96,25 +114,34 @@ def run_training_loop(trainer: Trainer) -> TrainState:
     with Recorder(trainer.accelerator, config, plan.total, state.history) as recorder:
         _validate(trainer, state, recorder)
         before_update: Callable[[], object] | None = FirstStepWatch(trainer).tell
+        guard = StepGuard(trainer, state)
         for group in islice(_step_groups(trainer, plan, state), plan.total):
             trainer.unfreeze(state.step)
-            outputs, grad_norm = optimizer_step(trainer, group, before_update)
+            result = optimizer_step(trainer, group, before_update, guard)
             before_update = None
             state.step += 1
-            recorder.add(outputs, grad_norm, rows=sum(map(count_rows, group)))
+            recorder.add(result, rows=sum(map(count_rows, group)))
             if state.step % config.logging_steps == 0 or state.step == plan.total:
-                recorder.log_step(state.step, state.epoch, _step_facts(trainer))
+                recorder.log_step(state.step, state.epoch, _step_facts(trainer, state))
             if _is_due(config.eval_steps, state.step, plan):
                 _validate(trainer, state, recorder)
             if config.save_steps and state.step % config.save_steps == 0:
                 _save_step(trainer, state.step)
     _save(trainer, Path(config.output_dir) / FINAL)
+    if state.skipped_steps:
+        logger.warning(
+            "%d of %d steps changed nothing, because loss or gradient was not finite: %s",
+            state.skipped_steps, state.step, Path(config.output_dir) / NONFINITE_NAME,
+        )  # fmt: skip
     return state
 
 
 def optimizer_step(
-    trainer: Trainer, group: list[Batch], before_update: Callable[[], object] | None = None
-) -> tuple[list[StepOutput], Tensor]:
+    trainer: Trainer,
+    group: list[Batch],
+    before_update: Callable[[], object] | None = None,
+    guard: StepGuard | None = None,
+) -> StepResult:
     """One optimizer update from the mean gradient of some micro-batches.
 
     Each micro-batch is a contrastive batch of its own: more negatives come from the gradient cache,
@@ -124,21 +151,22 @@ def optimizer_step(
         trainer: Prepared.
         group: The micro-batches.
         before_update: Called when the gradients are complete, before they are clipped.
-
-    Returns:
-        What the step of each micro-batch returned, and the gradient norm before clipping.
+        guard: Judges the gradient; without one, every step updates the weights.
     """
     outputs = [trainer.step(batch) for batch in group]
     trainer.reduce_gradients(len(group))
     if before_update is not None:
         before_update()
     grad_norm = trainer.clip_gradients()
-    trainer.optimizer.step()
-    trainer.after_update()
-    if trainer.scheduler is not None and not trainer.accelerator.optimizer_step_was_skipped:
-        trainer.scheduler.step()
+    verdict = Verdict.UPDATE if guard is None else guard.judge(group, outputs, grad_norm)
+    # fp16's scaler leaves out by itself what overflows, and must hear of every step.
+    if verdict is not Verdict.SKIP or trainer.accelerator.scaler is not None:
+        trainer.optimizer.step()
+        trainer.after_update()
+        if trainer.scheduler is not None and not trainer.accelerator.optimizer_step_was_skipped:
+            trainer.scheduler.step()
     trainer.optimizer.zero_grad()
-    return outputs, grad_norm
+    return StepResult(outputs, grad_norm, verdict)
 
 
 def _step_groups(trainer: Trainer, plan: StepPlan, state: TrainState) -> Iterator[list[Batch]]:
@@ -167,13 +195,15 @@ def _set_epoch(dataloader: Any, epoch: int) -> None:
         set_epoch(epoch)
 
 
-def _step_facts(trainer: Trainer) -> dict[str, float]:
+def _step_facts(trainer: Trainer, state: TrainState) -> dict[str, float]:
     """What is logged beside the loss."""
     facts = {"lr": float(trainer.optimizer.param_groups[0]["lr"])}
     loss = innermost(trainer.criterion)
     scale = dict(getattr(loss, "named_parameters", dict)()).get("logit_scale")
     if scale is not None:
         facts["temperature"] = float(torch.exp(-scale.detach()))
+    if state.skipped_steps:
+        facts["skipped_steps"] = state.skipped_steps
     return facts
 
 
