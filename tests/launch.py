@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -59,6 +60,45 @@ def run_on_processes(fn: Callable[..., Any], n: int, *args: Any, timeout: float 
             process.kill()
             process.join()
         meeting.cleanup()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a forked process ended: its exit status, negative for a signal, and what it said."""
+
+    status: int
+    said: str
+
+
+def run_forked(fn: Callable[..., int | None], *args: Any, timeout: float = 60) -> Ended:
+    """Call `fn(*args)` in a forked process, whose exit status is what it returns; 0 for None.
+
+    For what ends processes. `fn` may be any function; its stderr is a file.
+    """
+    with tempfile.TemporaryFile() as stderr:
+
+        def call() -> None:
+            os.dup2(stderr.fileno(), 2)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            torch.set_num_threads(1)
+            os._exit(_status_of(fn, args))
+
+        process = multiprocessing.get_context("fork").Process(target=call)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise ChildFailed(f"the process did not end within {timeout} s")
+        stderr.seek(0)
+        return Ended(process.exitcode, stderr.read().decode())
+
+
+def _status_of(fn: Callable[..., int | None], args: tuple[Any, ...]) -> int:
+    try:
+        return fn(*args) or 0
+    except BaseException:
+        traceback.print_exc()
+        return 99
 
 
 def _start_method() -> str:

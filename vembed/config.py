@@ -573,6 +573,24 @@ class TrainConfig(BaseModel):
     num_processes: Int | None = Field(
         None, gt=0, description="Processes that must take part; null: as many as were started"
     )
+    process_timeout_s: Float = Field(
+        1800,
+        gt=0,
+        description="Seconds that a step, or a process that others wait for, may take; then the "
+        "run ends and says where it stands",
+    )
+    grace_period_s: Float = Field(
+        30,
+        gt=0,
+        description="Seconds from SIGTERM to the kill, as your cluster has it: vembed train waits "
+        "so long, and a save that takes longer is warned of",
+    )
+    max_restarts: Int = Field(
+        0,
+        ge=0,
+        description="Times that vembed train starts a run again that died, from its newest "
+        "checkpoint",
+    )
     distributed_strategy: Literal["ddp", "fsdp2"] = Field(
         "ddp",
         description="What processes share: ddp gradients; fsdp2 also weights and optimizer state",

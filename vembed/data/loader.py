@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -133,7 +136,7 @@ def build_dataloader(
         rows,
         collate_fn=_Collate(collator, lender),
         num_workers=num_workers,
-        worker_init_fn=_without_threads if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
         generator=torch.Generator().manual_seed(seed),
         **order,
     )
@@ -267,5 +270,19 @@ class _BatchStream(IterableDataset[Any]):
         )
 
 
-def _without_threads(_worker_id: int) -> None:
+def _start_worker(_worker_id: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Terminals and clusters send a signal to all processes of a job, and the training process needs
+    # rows to finish its step with.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """End by SIGTERM from the training process, and by nobody else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -8,6 +8,7 @@ although PyYAML takes it for text, `revision: 1e5` is text although PyYAML takes
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,7 +69,8 @@ def load_and_parse_config(
     Raises:
         ConfigError: listing every problem with its place.
     """
-    arguments, unknown = _build_parser(prog, about).parse_known_args(argv)
+    words = [*map(_with_underscores, sys.argv[1:] if argv is None else argv)]
+    arguments, unknown = _build_parser(prog, about).parse_known_args(words)
     file_settings, problems = _file_settings(arguments.config or [])
     if problems:
         # A file that could not be read may have held them.
@@ -158,6 +160,14 @@ def _build_parser(prog: str | None, about: str) -> argparse.ArgumentParser:
     one("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     _add_settings(parser)
     return parser
+
+
+def _with_underscores(word: str) -> str:
+    """`--max-restarts` as `--max_restarts`; every other word as it is."""
+    flag, equals, value = word.partition("=")
+    key = flag.removeprefix("--").replace("-", "_")
+    is_ours = flag.startswith("--") and (key in TrainConfig.model_fields or key in ALIASES)
+    return f"--{key}{equals}{value}" if is_ours else word
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -7,12 +7,13 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch.utils.data import DataLoader
 
 from vembed.config import TrainConfig, check
@@ -40,7 +41,7 @@ from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
 from vembed.training.guide import Collate, Guide, build_guide
-from vembed.training.launch_check import check_process_count, check_strategy
+from vembed.training.launch_check import check_process_count, check_strategy, check_supervised
 from vembed.training.learned_scale import resolve_temperature
 from vembed.training.loss_files import load_losses
 from vembed.training.model_builder import apply_lora, build_model
@@ -79,6 +80,7 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     """
     config = TrainConfig.coerce(config)
     raise_problems(config)
+    check_supervised(config)
     accelerator = build_accelerator(config)
     configure_logging(main_process=accelerator.is_main_process)
     check_output_dir(config)
@@ -103,7 +105,13 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
             trust_remote_code=config.trust_remote_code,
         ).to(accelerator.device)
         after = _measure(data.test_task, trained, accelerator, config)
-    result = RunResult(model_path, trainer.state, seconds, prove(before, after))
+    result = RunResult(
+        model_path,
+        trainer.state,
+        seconds,
+        prove(before, after),
+        failed_saves=tuple(trainer.saves.failed),
+    )
     if accelerator.is_main_process:
         result = report(result, config, describe_run(trainer, encoder, data))
         show(result)
@@ -154,12 +162,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=config.ddp_find_unused_parameters, broadcast_buffers=False
     )
+    # The watchdog knows more of a step that hangs, and speaks first.
+    timeout = timedelta(seconds=config.process_timeout_s + 5)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=config.mixed_precision,
         log_with=_trackers(config).log_with or None,
         project_dir=config.output_dir,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
     )
     check_process_count(config, accelerator.num_processes)
     return accelerator

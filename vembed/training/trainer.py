@@ -40,6 +40,7 @@ from vembed.training.learned_scale import keep_in_model
 from vembed.training.model_builder import enable_static_graph
 from vembed.training.objective import Embeddings, Objective, StepLoss
 from vembed.training.optimizer_builder import trainable_parameters
+from vembed.training.saves import Saves
 from vembed.training.sharding import ShardedEncoder, adopt_shares, clip_gradients, own_parts
 from vembed.training.training_loop import TrainState, run_training_loop
 
@@ -144,6 +145,7 @@ class Trainer:
         self._unfreezing = Unfreezing(model, criterion, self.config.unfreeze_at_step)
         self._adapter_watch = AdapterWatch(model)
         self._sharded: ShardedEncoder | None = None
+        self.saves = Saves(self)
 
     def prepare(self) -> None:
         """Place every part on its device and process; `train` does it, and a second call is free.

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from vembed.distributed import fail_together
-from vembed.errors import ConfigError, VembedError
+from vembed.distributed import fail_together, name_lost_processes
+from vembed.errors import ConfigError, DiskError, VembedError
 from vembed.losses.matryoshka import innermost
 from vembed.training.checkpoint import STEP_FOLDER, remove_old_checkpoints, save_checkpoint
 from vembed.training.data_utils import count_rows
@@ -23,6 +24,8 @@ from vembed.training.first_step import FirstStepWatch
 from vembed.training.loss_files import loss_state
 from vembed.training.recorder import Recorder
 from vembed.training.step_guard import NONFINITE_NAME, StepGuard, Verdict
+from vembed.training.stop_signals import StoppedError, StopSignals, catch_stop_signals
+from vembed.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from vembed.training.trainer import StepOutput, Trainer
@@ -111,15 +114,22 @@ def run_training_loop(trainer: Trainer) -> TrainState:
         Where the run stands at its end.
     """
     config, state, plan = trainer.config, TrainState(), StepPlan.of(trainer)
-    with Recorder(trainer.accelerator, config, plan.total, state.history) as recorder:
+    with (
+        Recorder(trainer.accelerator, config, plan.total, state.history) as recorder,
+        catch_stop_signals() as signals,
+        Watchdog(config.process_timeout_s) as watchdog,
+        name_lost_processes(lambda: f"step {state.step + 1}"),
+    ):
         _validate(trainer, state, recorder)
         before_update: Callable[[], object] | None = FirstStepWatch(trainer).tell
         guard = StepGuard(trainer, state)
-        for group in islice(_step_groups(trainer, plan, state), plan.total):
+        groups = _step_groups(trainer, plan, state, signals, watchdog)
+        for group in islice(groups, plan.total):
             trainer.unfreeze(state.step)
             result = optimizer_step(trainer, group, before_update, guard)
             before_update = None
             state.step += 1
+            watchdog.pause()
             recorder.add(result, rows=sum(map(count_rows, group)))
             if state.step % config.logging_steps == 0 or state.step == plan.total:
                 recorder.log_step(state.step, state.epoch, _step_facts(trainer, state))
@@ -127,13 +137,36 @@ def run_training_loop(trainer: Trainer) -> TrainState:
                 _validate(trainer, state, recorder)
             if config.save_steps and state.step % config.save_steps == 0:
                 _save_step(trainer, state.step)
-    _save(trainer, Path(config.output_dir) / FINAL)
+        if not signals.agreed:
+            _save_final(trainer)
+            signals.ask(trainer.accelerator.device)
+        if signals.agreed:
+            _stop(trainer, state, plan, signals)
     if state.skipped_steps:
         logger.warning(
             "%d of %d steps changed nothing, because loss or gradient was not finite: %s",
             state.skipped_steps, state.step, Path(config.output_dir) / NONFINITE_NAME,
         )  # fmt: skip
     return state
+
+
+def _stop(trainer: Trainer, state: TrainState, plan: StepPlan, signals: StopSignals) -> NoReturn:
+    """Save, and end the run as a signal asked. Collective."""
+    path = _save_step(trainer, state.step)
+    name = signal.Signals(signals.agreed).name
+    told = f"stopped by {name} after step {state.step} of {plan.total}"
+    if path is None:
+        raise DiskError(f"{told}, but not saved: the disk did not take the checkpoint")
+    raise StoppedError(
+        f"{told}; saved in {path}. The same command with --resume auto goes on from there",
+        signals.agreed,
+    )
+
+
+def _save_final(trainer: Trainer) -> None:
+    path = Path(trainer.config.output_dir) / FINAL
+    if not _save(trainer, path):
+        raise DiskError(f"{path}: the trained model could not be saved. Make room and train again")
 
 
 def optimizer_step(
@@ -169,19 +202,27 @@ def optimizer_step(
     return StepResult(outputs, grad_norm, verdict)
 
 
-def _step_groups(trainer: Trainer, plan: StepPlan, state: TrainState) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step, epoch after epoch without end."""
+def _step_groups(
+    trainer: Trainer, plan: StepPlan, state: TrainState, signals: StopSignals, watchdog: Watchdog
+) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step, epochs without end, until a signal stops all."""
     size = trainer.config.gradient_accumulation_steps
     for epoch in count():
         _set_epoch(trainer.dataloader, epoch)
         batches = iter(trainer.dataloader)
         for number in count(1):
-            # A row that only one process meets must not leave the others waiting in the step. This
-            # one small collective comes where a step waits for others anyway.
-            with fail_together(trainer.accelerator.device):
+            # A row that only one process meets must not leave the others waiting in the step, nor a
+            # signal that only one got. This one small collective comes where a step waits anyway.
+            with fail_together(trainer.accelerator.device, signals.number) as said:
+                watchdog.see(state.step + 1, "reading rows")
                 group = list(islice(batches, size))
+                watchdog.see(state.step + 1, "waiting for the rows of other processes")
+            signals.agreed = said.largest
+            if signals.agreed:
+                return
             if not group:
                 break
+            watchdog.see(state.step + 1, "computing")
             state.epoch = epoch + number / (plan.per_epoch or plan.total)
             yield group
         if number == 1:
@@ -222,9 +263,8 @@ def _validate(trainer: Trainer, state: TrainState, recorder: Recorder) -> None:
     best = state.best_value
     if best is not None and not (value > best if larger_is_better else value < best):
         return
-    state.best_value, state.best_step = value, state.step
-    if state.step > 0:
-        _save(trainer, Path(trainer.config.output_dir) / BEST)
+    if state.step == 0 or _save(trainer, Path(trainer.config.output_dir) / BEST):
+        state.best_value, state.best_step = value, state.step
 
 
 def _judge(result: Validation, trainer: Trainer) -> tuple[float, bool]:
@@ -241,25 +281,33 @@ def _judge(result: Validation, trainer: Trainer) -> tuple[float, bool]:
     return result.metrics[name], True
 
 
-def _save_step(trainer: Trainer, step: int) -> None:
+def _save_step(trainer: Trainer, step: int) -> Path | None:
+    """Write a checkpoint; its folder, or None if the disk does not take it."""
     folder = Path(trainer.config.output_dir) / "checkpoints"
     # What a run recommends is checked; each checkpoint on the way would cost as much.
     path = folder / STEP_FOLDER.format(step=step)
-    _save(trainer, path, resumable=True, check_merge=False)
+    if not _save(trainer, path, resumable=True, check_merge=False):
+        return None
     if trainer.accelerator.is_main_process:
         remove_old_checkpoints(folder, trainer.config.save_total_limit)
+    return path
 
 
 def _save(
     trainer: Trainer, path: Path, *, resumable: bool = False, check_merge: bool = True
-) -> None:
-    save_checkpoint(
-        path,
-        trainer.model_to_save(),
-        trainer.accelerator,
-        config=trainer.config,
-        losses=loss_state(trainer.criterion, trainer.distillation_loss_fn),
-        resumable=resumable,
-        probe=trainer.adapter_probe(),
-        check_merge=check_merge,
-    )
+) -> bool:
+    """Save the model; whether the disk takes it."""
+
+    def save() -> None:
+        save_checkpoint(
+            path,
+            trainer.model_to_save(),
+            trainer.accelerator,
+            config=trainer.config,
+            losses=loss_state(trainer.criterion, trainer.distillation_loss_fn),
+            resumable=resumable,
+            probe=trainer.adapter_probe(),
+            check_merge=check_merge,
+        )
+
+    return trainer.saves.attempt(path, save, resumable=resumable)
