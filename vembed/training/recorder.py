@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +22,7 @@ from vembed.distributed import all_reduce_mean
 from vembed.errors import VembedError
 from vembed.training.console import STDERR
 from vembed.training.evaluator import Validation
+from vembed.training.manifest import write_text_safely
 from vembed.training.trackers import log_to_trackers
 
 if TYPE_CHECKING:
@@ -29,6 +31,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RecordedWindow:
+    """Steps that are not written down yet.
+
+    Attributes:
+        tensors: Losses, their parts and gradient norms, scalars of this process.
+        facts: What else it takes, as JSON can hold it.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
 
 
 class Recorder:
@@ -69,7 +84,8 @@ class Recorder:
     def __enter__(self) -> Self:
         if self.accelerator.is_main_process:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("", encoding="utf-8")
+            # Of a run that goes on, the lines up to there; what it wrote after that comes again.
+            write_text_safely(self._path, self.lines())
         self._bar.start()
         return self
 
@@ -80,6 +96,50 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    def lines(self) -> str:
+        """What `metrics.jsonl` holds."""
+        return "".join(json.dumps(line) + "\n" for line in self.history)
+
+    def window(self) -> RecordedWindow:
+        """The steps since the last logging step, for a checkpoint between two of them."""
+        tensors: dict[str, Tensor] = {}
+        steps = []
+        for step, (outputs, grad_norm) in enumerate(self._window):
+            tensors[f"{step}.grad_norm"] = grad_norm
+            for number, output in enumerate(outputs):
+                tensors[f"{step}.{number}.loss"] = output.loss
+                for name, part in output.parts.items():
+                    tensors[f"{step}.{number}.parts.{name}"] = part
+            steps.append([{"parts": [*o.parts], "weights": o.weights} for o in outputs])
+        return RecordedWindow(tensors, {"steps": steps, "rows": self._rows})
+
+    def resume(self, window: RecordedWindow, *, done_steps: int) -> None:
+        """Go on in the middle of a window.
+
+        Args:
+            window: What it held.
+            done_steps: Optimizer steps that the run has done.
+        """
+        from vembed.training.trainer import StepOutput
+
+        of = window.tensors
+        self._rows = window.facts["rows"]
+        self._window = [
+            (
+                [
+                    StepOutput(
+                        of[f"{step}.{number}.loss"],
+                        {name: of[f"{step}.{number}.parts.{name}"] for name in output["parts"]},
+                        output["weights"],
+                    )
+                    for number, output in enumerate(outputs)
+                ],
+                of[f"{step}.grad_norm"],
+            )
+            for step, outputs in enumerate(window.facts["steps"])
+        ]
+        self._bar.update(self._task, completed=done_steps)
 
     def say(self, what: str) -> None:
         """Name what the run is doing, beside the bar."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
@@ -16,12 +16,16 @@ from torch import Tensor
 from vembed.distributed import fail_together
 from vembed.errors import ConfigError, VembedError
 from vembed.losses.matryoshka import innermost
-from vembed.training.checkpoint import STEP_FOLDER, remove_old_checkpoints, save_checkpoint
+from vembed.registry import accepted_arguments
+from vembed.training.checkpoint import save_checkpoint
 from vembed.training.data_utils import count_rows
 from vembed.training.evaluator import Validation
 from vembed.training.first_step import FirstStepWatch
 from vembed.training.loss_files import loss_state
 from vembed.training.recorder import Recorder
+from vembed.training.resume import RunIdentity
+from vembed.training.rotation import BEST, FINAL
+from vembed.training.step_checkpoints import StepCheckpoints, resume_run
 
 if TYPE_CHECKING:
     from vembed.training.trainer import StepOutput, Trainer
@@ -30,8 +34,6 @@ logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, Any]
 LOSS = "loss"
-BEST = "best"
-FINAL = "final"
 
 
 @dataclass
@@ -41,15 +43,25 @@ class TrainState:
     Attributes:
         step: Optimizer steps done.
         epoch: Epochs done, with the fraction of the current one.
+        passes: Whole passes over the rows before the current one.
+        steps_of_pass: Steps done in the current one.
         best_value: Best validation value so far, or None.
         best_step: The step at which it was measured; 0 is the model as it was loaded.
+        last_value: The newest validation value, or None.
+        last_value_step: The step at which it was measured.
+        larger_is_better: Of two such values.
         history: The lines of `metrics.jsonl`, on the main process.
     """
 
     step: int = 0
     epoch: float = 0.0
+    passes: int = 0
+    steps_of_pass: int = 0
     best_value: float | None = None
     best_step: int | None = None
+    last_value: float | None = None
+    last_value_step: int | None = None
+    larger_is_better: bool = True
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -79,24 +91,41 @@ class StepPlan:
         per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
         return cls(per_epoch, config.max_steps or config.epochs * per_epoch)
 
+    def identify(self, trainer: Trainer) -> RunIdentity:
+        """What must be the same for a run to go on exactly."""
+        return RunIdentity.of(trainer, steps=self.total, steps_per_epoch=self.per_epoch)
+
     def epoch_ends(self, step: int) -> bool:
         """Whether `step` is the last one of its epoch, or of the run."""
         return step == self.total or (self.per_epoch is not None and step % self.per_epoch == 0)
 
 
-def run_training_loop(trainer: Trainer) -> TrainState:
+def run_training_loop(trainer: Trainer, start: Path | None = None) -> TrainState:
     """Train to the end; validate, save and log on the way.
 
     Collective: every process must call it.
 
+    Args:
+        trainer: Prepared.
+        start: A checkpoint to go on from; None for the beginning.
+
     Returns:
         Where the run stands at its end.
     """
-    config, state, plan = trainer.config, TrainState(), StepPlan.of(trainer)
+    config, plan = trainer.config, StepPlan.of(trainer)
+    identity = plan.identify(trainer)
+    resumed = None if start is None else resume_run(trainer, start, identity)
+    state = TrainState() if resumed is None else resumed.state
     with Recorder(trainer.accelerator, config, plan.total, state.history) as recorder:
-        _validate(trainer, state, recorder)
-        before_update: Callable[[], object] | None = FirstStepWatch(trainer).tell
-        for group in islice(_step_groups(trainer, plan, state), plan.total):
+        checkpoints = StepCheckpoints(trainer, recorder, identity)
+        before_update: Callable[[], object] | None = None
+        if resumed is None:
+            _validate(trainer, state, recorder)
+            before_update = FirstStepWatch(trainer).tell
+        else:
+            recorder.resume(resumed.own.window, done_steps=state.step)
+            resumed.own.random.restore(trainer.accelerator.device)
+        for group in islice(_step_groups(trainer, plan, state), plan.total - state.step):
             trainer.unfreeze(state.step)
             outputs, grad_norm = optimizer_step(trainer, group, before_update)
             before_update = None
@@ -107,8 +136,8 @@ def run_training_loop(trainer: Trainer) -> TrainState:
             if _is_due(config.eval_steps, state.step, plan):
                 _validate(trainer, state, recorder)
             if config.save_steps and state.step % config.save_steps == 0:
-                _save_step(trainer, state.step)
-    _save(trainer, Path(config.output_dir) / FINAL)
+                checkpoints.save(state)
+    _save(trainer, Path(config.output_dir) / FINAL, facts={"step": state.step})
     return state
 
 
@@ -142,12 +171,12 @@ def optimizer_step(
 
 
 def _step_groups(trainer: Trainer, plan: StepPlan, state: TrainState) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step, epoch after epoch without end."""
+    """The micro-batches of each optimizer step from where the run stands, epochs without end."""
     size = trainer.config.gradient_accumulation_steps
-    for epoch in count():
-        _set_epoch(trainer.dataloader, epoch)
-        batches = iter(trainer.dataloader)
-        for number in count(1):
+    for epoch in count(state.passes):
+        done = state.steps_of_pass if epoch == state.passes else 0
+        batches = _batches_of(trainer, epoch, start_batch=done * size)
+        for number in count(done + 1):
             # A row that only one process meets must not leave the others waiting in the step. This
             # one small collective comes where a step waits for others anyway.
             with fail_together(trainer.accelerator.device):
@@ -155,16 +184,30 @@ def _step_groups(trainer: Trainer, plan: StepPlan, state: TrainState) -> Iterato
             if not group:
                 break
             state.epoch = epoch + number / (plan.per_epoch or plan.total)
+            state.passes, state.steps_of_pass = epoch, number
             yield group
         if number == 1:
             raise VembedError(f"the dataloader gave no batch in epoch {epoch + 1}")
 
 
-def _set_epoch(dataloader: Any, epoch: int) -> None:
-    """Tell the dataloader which epoch it is; a user's own may have no use for it."""
-    set_epoch = getattr(dataloader, "set_epoch", None)
+def _batches_of(trainer: Trainer, epoch: int, *, start_batch: int) -> Iterator[Batch]:
+    """The batches of an epoch from one of them on; those before are not read, where possible."""
+    dataloader: Any = trainer.dataloader
+    set_epoch = getattr(dataloader, "set_epoch", None)  # a user's own may have no use for it
+    place = {"start_batch": start_batch}
+    if start_batch and set_epoch is not None and accepted_arguments(set_epoch, place):
+        set_epoch(epoch, **place)
+        return iter(dataloader)
     if set_epoch is not None:
         set_epoch(epoch)
+    is_exact = isinstance(dataloader, Sequence)
+    if start_batch and not (is_exact or trainer.config.allow_inexact_resume):
+        raise ConfigError(
+            "resume: needs a dataloader that can start anywhere in an epoch, in the same order as "
+            "before: set_epoch(epoch, start_batch=N), as vembed's own has. Received: "
+            f"{type(dataloader).__name__}. Set allow_inexact_resume: true to read and skip"
+        )
+    return islice(iter(dataloader), start_batch, None)
 
 
 def _step_facts(trainer: Trainer) -> dict[str, float]:
@@ -189,12 +232,15 @@ def _validate(trainer: Trainer, state: TrainState, recorder: Recorder) -> None:
         result = trainer.evaluator.validate(trainer.val_dataloader, state.step)
     recorder.log_validation(state.step, state.epoch, result)
     value, larger_is_better = _judge(result, trainer)
+    state.last_value, state.last_value_step = value, state.step
+    state.larger_is_better = larger_is_better
     best = state.best_value
     if best is not None and not (value > best if larger_is_better else value < best):
         return
     state.best_value, state.best_step = value, state.step
     if state.step > 0:
-        _save(trainer, Path(trainer.config.output_dir) / BEST)
+        facts = {"step": state.step, "value": value}
+        _save(trainer, Path(trainer.config.output_dir) / BEST, facts=facts)
 
 
 def _judge(result: Validation, trainer: Trainer) -> tuple[float, bool]:
@@ -211,25 +257,13 @@ def _judge(result: Validation, trainer: Trainer) -> tuple[float, bool]:
     return result.metrics[name], True
 
 
-def _save_step(trainer: Trainer, step: int) -> None:
-    folder = Path(trainer.config.output_dir) / "checkpoints"
-    # What a run recommends is checked; each checkpoint on the way would cost as much.
-    path = folder / STEP_FOLDER.format(step=step)
-    _save(trainer, path, resumable=True, check_merge=False)
-    if trainer.accelerator.is_main_process:
-        remove_old_checkpoints(folder, trainer.config.save_total_limit)
-
-
-def _save(
-    trainer: Trainer, path: Path, *, resumable: bool = False, check_merge: bool = True
-) -> None:
+def _save(trainer: Trainer, path: Path, *, facts: dict[str, Any]) -> None:
     save_checkpoint(
         path,
         trainer.model_to_save(),
         trainer.accelerator,
         config=trainer.config,
         losses=loss_state(trainer.criterion, trainer.distillation_loss_fn),
-        resumable=resumable,
         probe=trainer.adapter_probe(),
-        check_merge=check_merge,
+        facts=facts,
     )
