@@ -143,6 +143,15 @@ def _number_or_numbers(value: Any) -> Any:
     return numbers if several else numbers[0]
 
 
+def _two_or_more(value: int | None) -> int | None:
+    """The newest checkpoint alone would be lost with a bad disk, and with it the run."""
+    if value is not None and value < 2:
+        raise ValueError(
+            "must be at least 2, so that there is another one if the newest is damaged"
+        )
+    return value
+
+
 def _kinds(value: Any) -> Any:
     """A name, names with weights above 0, or null."""
     if value is None or (isinstance(value, str) and value and value[0] not in "{["):
@@ -623,7 +632,25 @@ class TrainConfig(BaseModel):
         ge=0,
         description="Optimizer steps between checkpoints; 0: only the final and the best model",
     )
-    save_total_limit: Int | None = Field(2, ge=1, description="Checkpoints kept; null: all")
+    save_total_limit: Annotated[Int | None, AfterValidator(_two_or_more)] = Field(
+        2, description="Newest checkpoints kept, at least 2; null: all"
+    )
+    save_top_k: Int = Field(
+        0,
+        ge=0,
+        description="Checkpoints kept because of their validation value, however old; needs "
+        "val_data_path",
+    )
+    resume: str = Field(
+        "never",
+        min_length=1,
+        description="auto: go on from the newest whole checkpoint in output_dir, or start; or a "
+        "checkpoint's path; never: start",
+    )
+    allow_inexact_resume: bool = Field(
+        False,
+        description="Go on although settings, rows or processes changed, and results may differ",
+    )
     save_adapter: bool = Field(
         True, description="With LoRA, keep the adapter by itself, too: adapter/ beside the model"
     )
@@ -777,6 +804,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_validation_conflicts(config),
         *_distillation_conflicts(config),
         *_optimisation_conflicts(config),
+        *_checkpoint_conflicts(config),
     ]
 
 
@@ -943,6 +971,24 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
             ("streaming", "test_data_path", "holdout_ratio"),
             "nothing can be held out of a stream. Set test_data_path, or holdout_ratio: 0",
         )
+
+
+def _checkpoint_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    if config.resume != "never" and config.overwrite_output_dir:
+        yield Problem(
+            ("overwrite_output_dir", "resume"),
+            f"replaces an earlier run, but resume: {config.resume} goes on with one. Set false, or "
+            "resume: never",
+        )
+    if config.allow_inexact_resume and config.resume == "never":
+        yield Problem(
+            ("allow_inexact_resume", "resume"), "has no use: resume is never. Set resume: auto"
+        )
+    for key in ("val_data_path", "save_steps"):
+        if config.save_top_k and not config[key]:
+            yield Problem(
+                ("save_top_k", key), f"has no use without checkpoints that are rated. Set {key}"
+            )
 
 
 def _changed(config: TrainConfig, *keys: str) -> list[str]:

@@ -130,7 +130,18 @@ CHANGES = {
     "logging_steps": (2, {}),
     "eval_steps": (1, {"val_data_path": "<pairs>"}),
     "save_steps": (1, {}),
-    "save_total_limit": (1, {"save_steps": 1}),
+    "save_total_limit": (None, {"save_steps": 1, "max_steps": 3}),
+    "save_top_k": (
+        1,
+        {
+            "save_steps": 1,
+            "max_steps": 3,
+            "val_data_path": "<pairs>",
+            "eval_steps": 1,
+            "metric_for_best": "loss",
+            "optimizer_kwargs": {"maximize": True},
+        },
+    ),
     "save_adapter": (False, {"use_lora": True}),
     "metric_for_best": ("nonsense", {"val_data_path": "<pairs>"}),
     "report_to": (["tensorboard"], {}),
@@ -392,6 +403,17 @@ class TestWhatOnlyChangesHowARunComputes:
         with pytest.raises(ConfigError, match="holds an earlier run"):
             run_training(settings)
         run_training({**settings, "overwrite_output_dir": True})
+
+    def test_resume_and_allow_inexact_resume(self, resolve, tmp_path):
+        settings = resolve({**BASE, "output_dir": str(tmp_path / "run"), "save_steps": 1})
+        first = run_training(settings).state.history
+        with pytest.raises(ConfigError, match=r"set resume: auto"):
+            run_training(settings)
+        assert run_training({**settings, "resume": "auto"}).state.history == first
+        with pytest.raises(ConfigError, match=r"lr: 0\.5, was 0\.01"):
+            run_training({**settings, "resume": "auto", "lr": 0.5})
+        allowed = {"resume": "auto", "allow_inexact_resume": True}
+        run_training({**settings, **allowed, "lr": 0.5})
 
     def test_run_name_and_tags(self):
         arguments = resolve_tracker("wandb", run_name="name", tags=["tag"]).init_kwargs["wandb"]

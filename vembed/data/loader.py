@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -33,15 +34,28 @@ class RecordLoader(DataLoader[Any]):
     Attributes:
         process_count: Processes that the rows are already shared among.
         collator: What makes its batches.
+        seed: Seed of the run.
     """
 
     process_count: int = 1
     collator: CollateRecords
+    seed: int = 0
+    generator: torch.Generator
 
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
         """Choose the epoch (from 0) to iterate over next, and the batch in it to begin with."""
         order: Any = self.dataset if self.batch_sampler is None else self.batch_sampler
         order.set_epoch(epoch, start_batch=start_batch)
+        # What workers draw, such as in a collator of the user's, hangs on the epoch, not on how
+        # many there were before in this process.
+        self.generator.manual_seed(_mixed(self.seed, epoch))
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these rows from others; of a stream, where they come from and file sizes."""
+        rows: Any = self.dataset
+        found: str = rows.fingerprint
+        return found
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -142,6 +156,7 @@ def build_dataloader(
     )
     loader.process_count = process_count
     loader.collator = collator
+    loader.seed = seed
     return loader
 
 
@@ -235,6 +250,11 @@ class _BatchStream(IterableDataset[Any]):
         self._epoch = 0
         self._start_batch = 0
 
+    @property
+    def fingerprint(self) -> str:
+        """See `RecordLoader.fingerprint`."""
+        return self._dataset.fingerprint
+
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
         """See `RecordLoader.set_epoch`."""
         self._epoch = epoch
@@ -268,6 +288,11 @@ class _BatchStream(IterableDataset[Any]):
         return self._dataset.shuffled(
             seed=self._seed, epoch=self._epoch, buffer_size=self._buffer_size
         )
+
+
+def _mixed(seed: int, epoch: int) -> int:
+    """A seed of torch that hangs on both."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _start_worker(_worker_id: int) -> None:

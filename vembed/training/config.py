@@ -28,6 +28,7 @@ from vembed.config import (
     problem_list,
 )
 from vembed.errors import ConfigError, did_you_mean
+from vembed.training.manifest import write_text_safely
 from vembed.training.yaml_settings import read_yaml_settings, read_yaml_value
 
 
@@ -96,7 +97,7 @@ def load_and_parse_config(
 def save_config(config: TrainConfig, path: str | Path) -> None:
     """Write every setting as YAML that `--config` reads; a comment says where a value came from."""
     text = "# Every setting of a run. What is not a default says where it came from.\n\n"
-    Path(path).write_text(text + render_config(config, config.origins), encoding="utf-8")
+    write_text_safely(Path(path), text + render_config(config, config.origins))
 
 
 def render_config(config: TrainConfig, notes: Mapping[str, str]) -> str:

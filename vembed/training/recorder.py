@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -14,12 +15,15 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from accelerate import Accelerator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from vembed.config import TrainConfig
 from vembed.distributed import all_reduce_mean
 from vembed.errors import NonFiniteError
 from vembed.training.console import STDERR
+from vembed.training.disk import disk_problem
 from vembed.training.evaluator import Validation
+from vembed.training.manifest import write_text_safely
 from vembed.training.step_guard import Verdict
 from vembed.training.trackers import log_to_trackers
 
@@ -31,12 +35,29 @@ logger = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 
 
+@dataclass(frozen=True)
+class RecordedWindow:
+    """Steps that are not written down yet.
+
+    Attributes:
+        tensors: Losses, their parts and gradient norms, scalars of this process.
+        facts: What else it takes, as JSON can hold it.
+    """
+
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
 class Recorder:
     """Collects the numbers of the steps and writes them down at logging steps.
 
     Between logging steps nothing is read back from the device. The lines of `metrics.jsonl` hold no
     times, so that two runs of the same work write the same file; speed goes to the progress bar and
     the trackers.
+
+    Attributes:
+        path: The file.
+        lost_lines: Whether the disk did not take some lines, which are tried again with the next.
     """
 
     def __init__(
@@ -56,8 +77,9 @@ class Recorder:
         """
         self.accelerator = accelerator
         self.history = history
-        self._path = Path(config.output_dir) / METRICS_NAME
+        self.path = Path(config.output_dir) / METRICS_NAME
         shown = config.progress and accelerator.is_main_process and STDERR.is_terminal
+        self.lost_lines = False
         self._bar = _progress_bar(shown)
         self._task = self._bar.add_task("training", total=total_steps, numbers="")
         self._total_steps = total_steps
@@ -68,8 +90,9 @@ class Recorder:
 
     def __enter__(self) -> Self:
         if self.accelerator.is_main_process:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.write_text("", encoding="utf-8")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Of a run that goes on, the lines up to there; what it wrote after that comes again.
+            write_text_safely(self.path, self.lines())
         self._bar.start()
         return self
 
@@ -80,6 +103,53 @@ class Recorder:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.stop()
+
+    def lines(self) -> str:
+        """What `metrics.jsonl` holds."""
+        return "".join(json.dumps(line) + "\n" for line in self.history)
+
+    def window(self) -> RecordedWindow:
+        """The steps since the last logging step, for a checkpoint between two of them."""
+        tensors: dict[str, Tensor] = {}
+        steps = []
+        for step, result in enumerate(self._window):
+            tensors[f"{step}.grad_norm"] = result.grad_norm
+            for number, output in enumerate(result.outputs):
+                tensors[f"{step}.{number}.loss"] = output.loss
+                for name, part in output.parts.items():
+                    tensors[f"{step}.{number}.parts.{name}"] = part
+            outputs = [{"parts": [*o.parts], "weights": o.weights} for o in result.outputs]
+            steps.append({"verdict": result.verdict.value, "outputs": outputs})
+        return RecordedWindow(tensors, {"steps": steps, "rows": self._rows})
+
+    def resume(self, window: RecordedWindow, *, done_steps: int) -> None:
+        """Go on in the middle of a window.
+
+        Args:
+            window: What it held.
+            done_steps: Optimizer steps that the run has done.
+        """
+        from vembed.training.trainer import StepOutput
+        from vembed.training.training_loop import StepResult
+
+        of = window.tensors
+        self._rows = window.facts["rows"]
+        self._window = [
+            StepResult(
+                [
+                    StepOutput(
+                        of[f"{step}.{number}.loss"],
+                        {name: of[f"{step}.{number}.parts.{name}"] for name in output["parts"]},
+                        output["weights"],
+                    )
+                    for number, output in enumerate(result["outputs"])
+                ],
+                of[f"{step}.grad_norm"],
+                Verdict(result["verdict"]),
+            )
+            for step, result in enumerate(window.facts["steps"])
+        ]
+        self._bar.update(self._task, completed=done_steps)
 
     def say(self, what: str) -> None:
         """Name what the run is doing, beside the bar."""
@@ -133,12 +203,29 @@ class Recorder:
         if not self.accelerator.is_main_process:
             return
         self.history.append(dict(line))
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._write_newest()
         if self._prints_lines:
             logger.info(text)
         elif above_bar and self._bar.live.is_started:
             self._bar.console.print(text, highlight=False)
+
+    def _write_newest(self) -> None:
+        """Write the last line of the history, and those that a full disk did not take."""
+        try:
+            if self.lost_lines:
+                write_text_safely(self.path, self.lines())
+            else:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(self.history[-1]) + "\n")
+        except OSError as error:
+            problem = disk_problem(error)
+            if problem is None:
+                raise
+            if not self.lost_lines:
+                logger.warning("%s cannot be written: %s. Training goes on", self.path, problem)
+            self.lost_lines = True
+        else:
+            self.lost_lines = False
 
     def _means(self) -> dict[str, float]:
         """Means over the window and over processes; one read from the device.

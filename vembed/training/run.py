@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -37,7 +36,6 @@ from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode, all_modes
 from vembed.registry import accepted_arguments, resolve
-from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
 from vembed.training.guide import Collate, Guide, build_guide
@@ -52,19 +50,21 @@ from vembed.training.optimizer_builder import (
     resolve_tracker,
 )
 from vembed.training.outcome import RunResult, prove, report, show
+from vembed.training.output_dir import check_output_dir, claim_output_dir
 from vembed.training.parts import describe_trainable
+from vembed.training.resume import check_same_run, find_start
+from vembed.training.rotation import BEST, FINAL
 from vembed.training.run_data import (
     RunData,
     build_train_loader,
     build_validation_loader,
     load_run_data,
 )
-from vembed.training.step_guard import NONFINITE_NAME
 from vembed.training.teaching.build import build_teaching, check_distillation_fields
 from vembed.training.teaching.cache import TeacherCache
 from vembed.training.trackers import start_trackers, stop_trackers
 from vembed.training.trainer import Trainer
-from vembed.training.training_loop import BEST, FINAL, StepPlan
+from vembed.training.training_loop import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -84,17 +84,20 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     accelerator = build_accelerator(config)
     configure_logging(main_process=accelerator.is_main_process)
     check_output_dir(config)
+    start = find_start(config, accelerator)
     set_seed(config.seed)
     encoder = build_model(config).to(accelerator.device)
     check_mode(encoder, config)
     data = _load_in_turn(config, accelerator)
     apply_lora(encoder, config, accelerator)
     trainer = build_trainer(config, accelerator, encoder, data)
-    _claim_output_dir(config, accelerator)
+    if start is not None:
+        check_same_run(start, trainer, StepPlan.of(trainer).identify(trainer))
+    claim_output_dir(config, accelerator, start)
     _tell_bad_records(data, config, accelerator)
     _announce(trainer, encoder, data)
     before = _measure(data.test_task, encoder, accelerator, config)
-    seconds = _train(trainer)
+    seconds = _train(trainer, start)
     model_path = chosen_model(Path(config.output_dir))
     after = None
     if before is not None:
@@ -196,18 +199,6 @@ def require_taught(config: TrainConfig, data: RunData) -> None:
     """Raise ConfigError if `teacher_cache` lacks an item of the training rows."""
     if config.teacher_cache is not None:
         TeacherCache.open(config).require(data.train)
-
-
-def check_output_dir(config: TrainConfig) -> None:
-    """Raise ConfigError if `output_dir` holds an earlier run and may not be replaced."""
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
-    if (folder / "config.yaml").exists() and not config.overwrite_output_dir:
-        raise ConfigError(
-            f"output_dir: {folder} holds an earlier run. Name another folder, or set "
-            "overwrite_output_dir: true to replace it"
-        )
 
 
 def build_trainer(
@@ -433,19 +424,6 @@ def _build_validation_loader(
     return None if missing else loader
 
 
-def _claim_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Empty the run's own places in `output_dir` and leave the resolved settings there."""
-    if accelerator.is_main_process:
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for earlier in (FINAL, BEST, "checkpoints", "report"):
-            shutil.rmtree(folder / earlier, ignore_errors=True)
-        for name in (QUARANTINE_FILE, NONFINITE_NAME):
-            (folder / name).unlink(missing_ok=True)
-        save_config(config, folder / "config.yaml")
-    accelerator.wait_for_everyone()
-
-
 def _tell_bad_records(data: RunData, config: TrainConfig, accelerator: Accelerator) -> None:
     """Write down what was left out; from then on, streams add to it."""
     if data.quarantine is None or not accelerator.is_main_process:
@@ -476,7 +454,7 @@ def _measure(
     return task.evaluate(sharded_encode(encoder, accelerator, config.chunk_tokens))
 
 
-def _train(trainer: Trainer) -> float:
+def _train(trainer: Trainer, start: Path | None) -> float:
     """Train with the trackers running; returns the seconds it took."""
     config, accelerator = trainer.config, trainer.accelerator
     start_trackers(
@@ -489,7 +467,7 @@ def _train(trainer: Trainer) -> float:
     set_seed(config.seed, device_specific=True)
     started = time.perf_counter()
     try:
-        trainer.train()
+        trainer.train(resume_from=start)
     finally:
         stop_trackers(accelerator)
     return time.perf_counter() - started

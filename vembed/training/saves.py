@@ -25,6 +25,7 @@ class Saves:
 
     Attributes:
         failed: What could not be saved, the same on every process.
+        newest_checkpoint: The last one that was saved; None before.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -34,6 +35,7 @@ class Saves:
             trainer: What is saved; it need not be prepared yet.
         """
         self.failed: list[str] = []
+        self.newest_checkpoint: Path | None = None
         self._trainer = trainer
         self._bytes: dict[bool, int] = {}
         self._slow_told = False
@@ -62,6 +64,8 @@ class Saves:
                 if not any_process(problem is not None, accelerator.device):
                     raise
             else:
+                if resumable:
+                    self.newest_checkpoint = path
                 if accelerator.is_main_process:
                     self._bytes[resumable] = folder_bytes(path)
                     self._tell_slow(path, time.perf_counter() - started)

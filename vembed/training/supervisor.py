@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 
+from vembed.training.rotation import list_checkpoints
+
 RESTARTED = (1, 6)
 """Exit statuses that may be of the moment: a process that died or hung.
 
@@ -58,8 +60,8 @@ def supervise(run: Callable[[Sequence[str]], int], *, output_dir: str, max_resta
 
 
 def _newest_step(output_dir: str) -> int:
-    folders = (Path(output_dir) / "checkpoints").glob("step-*")
-    return max((int(f.name.removeprefix("step-")) for f in folders), default=0)
+    checkpoints = list_checkpoints(Path(output_dir))
+    return checkpoints[0].step if checkpoints else 0
 
 
 def _stamp(output_dir: str) -> int | None:

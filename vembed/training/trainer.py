@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -168,16 +169,21 @@ class Trainer:
         enable_static_graph(self.model, self.config, accelerator)
         self.unfreeze(self.state.step)
 
-    def train(self) -> TrainState:
+    def train(self, *, resume_from: str | Path | None = None) -> TrainState:
         """Train to the end of the last epoch, or for `max_steps`.
 
         Collective: every process must call it.
+
+        Args:
+            resume_from: A checkpoint (`checkpoints/step-...`) of a run with the same parts, to go
+                on from as if it had never ended.
 
         Returns:
             Where the run stands at its end; also in `self.state`.
         """
         self.prepare()
-        self.state = run_training_loop(self)
+        start = None if resume_from is None else Path(resume_from)
+        self.state = run_training_loop(self, start)
         return self.state
 
     def step(self, batch: Batch) -> StepOutput:
@@ -268,6 +274,11 @@ class Trainer:
         return trainable_parameters(
             self.accelerator.unwrap_model(self.model), self.criterion, self.distillation_loss_fn
         )
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether each process holds a share of the weights only."""
+        return self._sharded is not None
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Inside, the encoder can run on some processes only, or not equally often on all of them.

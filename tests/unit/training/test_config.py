@@ -137,6 +137,9 @@ OTHER = {
     "eval_steps": ("5", 5),
     "save_steps": ("5", 5),
     "save_total_limit": ("null", None),
+    "save_top_k": ("1", 1),
+    "resume": ("auto", "auto"),
+    "allow_inexact_resume": ("true", True),
     "save_adapter": ("false", False),
     "metric_for_best": ("loss", "loss"),
     "report_to": ("wandb,swanlab", ["wandb", "swanlab"]),
@@ -169,6 +172,8 @@ NEEDS = {
     "mrl_weights": {"use_mrl": "true", "mrl_dims": "[2, 1]"},
     "eval_steps": {"val_data_path": "v"},
     "metric_for_best": {"val_data_path": "v"},
+    "save_top_k": {"val_data_path": "v", "save_steps": "5"},
+    "allow_inexact_resume": {"resume": "auto"},
 }
 
 
@@ -436,6 +441,7 @@ class TestSaving:
             "mrl_dims": [16, 8],
             "ddp_static_graph": False,
             "streaming": False,
+            "overwrite_output_dir": False,
             "text_model_name": None,
             "image_model_name": None,
             "lora_quantization": None,
