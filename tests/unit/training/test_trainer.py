@@ -53,7 +53,9 @@ def make_batches(count: int = 4, rows: int = 3) -> list[dict]:
     ]
 
 
-def make_trainer(tmp_path, *, batches=None, trainer_class=Trainer, criterion=None, **settings):
+def make_trainer(
+    tmp_path, *, batches=None, trainer_class=Trainer, criterion=None, model=None, **settings
+):
     config = {
         "output_dir": str(tmp_path),
         "epochs": 1,
@@ -64,7 +66,7 @@ def make_trainer(tmp_path, *, batches=None, trainer_class=Trainer, criterion=Non
         "progress": False,
         **settings,
     }
-    model, criterion = Bag(), criterion or Criterion()
+    model, criterion = model or Bag(), criterion or Criterion()
     return trainer_class(
         model,
         build_optimizer(model, config, criterion),
