@@ -209,6 +209,7 @@ def find_damage(folder: Path) -> Damage | None:
 
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    (folder / MANIFEST).unlink(missing_ok=True)  # of a copied folder
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     content = {
         "format": _FORMAT,

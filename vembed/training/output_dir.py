@@ -14,7 +14,7 @@ from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
 from vembed.distributed import fail_together
 from vembed.errors import ConfigError
 from vembed.training.config import save_config
-from vembed.training.manifest import find_damage, remove_folder, replaced_folder
+from vembed.training.manifest import find_damage, read_manifest, remove_folder, replaced_folder
 from vembed.training.resume import AUTO, NEVER, changed_settings
 from vembed.training.resume_state import RunFacts
 from vembed.training.rotation import BEST, CHECKPOINTS, FINAL, list_checkpoints
@@ -111,5 +111,5 @@ def _take_best_along(start: Path, folder: Path) -> None:
     if damage := find_damage(source):
         logger.warning("resume: %s: the best model so far cannot be taken along", damage)
         return
-    with replaced_folder(folder / BEST) as fresh:
+    with replaced_folder(folder / BEST, read_manifest(source).facts) as fresh:
         shutil.copytree(source, fresh, dirs_exist_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -83,21 +83,13 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     check_supervised(config)
     accelerator = build_accelerator(config)
     configure_logging(main_process=accelerator.is_main_process)
-    check_output_dir(config)
-    start = find_start(config, accelerator)
-    set_seed(config.seed)
-    encoder = build_model(config).to(accelerator.device)
-    check_mode(encoder, config)
-    data = _load_in_turn(config, accelerator)
-    apply_lora(encoder, config, accelerator)
-    trainer = build_trainer(config, accelerator, encoder, data)
-    if start is not None:
-        check_same_run(start, trainer, StepPlan.of(trainer).identify(trainer))
-    claim_output_dir(config, accelerator, start)
+    run = set_up(config, accelerator)
+    trainer, encoder, data = run.trainer, run.encoder, run.data
+    claim_output_dir(config, accelerator, run.start)
     _tell_bad_records(data, config, accelerator)
     _announce(trainer, encoder, data)
     before = _measure(data.test_task, encoder, accelerator, config)
-    seconds = _train(trainer, start)
+    seconds = train(trainer, run.start)
     model_path = chosen_model(Path(config.output_dir))
     after = None
     if before is not None:
@@ -120,6 +112,46 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
         show(result)
     accelerator.wait_for_everyone()
     return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that has not begun.
+
+    Attributes:
+        trainer: Not prepared yet.
+        encoder: What it trains.
+        data: Rows and tasks.
+        start: The checkpoint that it goes on from; None for the beginning.
+    """
+
+    trainer: Trainer
+    encoder: Encoder
+    data: RunData
+    start: Path | None
+
+
+def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
+    """Build every part of a run, and find where it starts; `output_dir` is not written to yet.
+
+    Collective: every process must call it with the same config.
+
+    Raises:
+        ConfigError: if settings cannot work, together or with the model or the data.
+        CheckpointError: if the checkpoint to go on from cannot be used.
+        DataError: if a row cannot be used.
+    """
+    check_output_dir(config)
+    start = find_start(config, accelerator)
+    set_seed(config.seed)
+    encoder = build_model(config).to(accelerator.device)
+    check_mode(encoder, config)
+    data = _load_in_turn(config, accelerator)
+    apply_lora(encoder, config, accelerator)
+    trainer = build_trainer(config, accelerator, encoder, data)
+    if start is not None:
+        check_same_run(start, trainer, StepPlan.of(trainer).identify(trainer))
+    return Run(trainer, encoder, data, start)
 
 
 def _load_in_turn(config: TrainConfig, accelerator: Accelerator) -> RunData:
@@ -454,8 +486,8 @@ def _measure(
     return task.evaluate(sharded_encode(encoder, accelerator, config.chunk_tokens))
 
 
-def _train(trainer: Trainer, start: Path | None) -> float:
-    """Train with the trackers running; returns the seconds it took."""
+def train(trainer: Trainer, start: Path | None) -> float:
+    """Train with the trackers running, from a checkpoint or the beginning; returns the seconds."""
     config, accelerator = trainer.config, trainer.accelerator
     start_trackers(
         accelerator,
