@@ -27,6 +27,7 @@ from vembed.training.optimizer_builder import resolve_tracker
 from vembed.training.run import run_training
 from vembed.training.teaching.teach import teach
 from vembed.training.trainer import Trainer
+from vembed.training.watchdog import Watchdog
 
 # A run on captions and pictures, with the tests' own encoder, which cannot be loaded again.
 PICTURES = {
@@ -122,6 +123,10 @@ CHANGES = {
     "warmup_ratio": (1.0, {}),
     "warmup_steps": (2, {}),
     "max_grad_norm": (1e-3, {"optimizer": "sgd"}),
+    "on_nonfinite": ("skip", {"temperature": 1e-38}),
+    "max_nonfinite_steps": (1, {"temperature": 1e-38, "on_nonfinite": "skip"}),
+    "grace_period_s": (1e-9, {"save_steps": 1}),
+    "max_restarts": (1, {}),
     "seed": (1, {}),
     "mixed_precision": ("bf16", {}),
     "device": ("auto", {"mixed_precision": "fp16"}),
@@ -380,6 +385,18 @@ class TestWhatOnlyChangesHowARunComputes:
         assert build_model(
             {**settings, "gradient_checkpointing": True}
         ).backbone.is_gradient_checkpointing
+
+    def test_process_timeout_s(self, observed, monkeypatch):
+        timeouts = []
+        assign = Watchdog.__init__
+
+        def spy(watchdog, timeout_s):
+            timeouts.append(timeout_s)
+            assign(watchdog, timeout_s)
+
+        monkeypatch.setattr(Watchdog, "__init__", spy)
+        assert observed(process_timeout_s=77)["error"] is None
+        assert timeouts == [77]
 
     def test_num_processes(self):
         check_process_count({"num_processes": 1}, 1)
