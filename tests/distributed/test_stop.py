@@ -118,35 +118,37 @@ def train_and_die(settings: dict, dies_at: int) -> None:
     run_training(settings)
 
 
-@pytest.fixture
-def settings(tiny_st_path, pairs_path, monkeypatch):
-    monkeypatch.setattr(supervisor, "_PAUSE_S", 0)
-    return {
-        "model_name": str(tiny_st_path), "data_path": str(pairs_path), "device": "cpu",
-        "holdout_ratio": 0, "batch_size": 4, "max_steps": 8, "save_steps": 2, "lr": 0.01,
-        "logging_steps": 3, "progress": False,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_whose_processes_die_comes_to_the_same_end(tmp_path, settings, capsys, processes):
-    deaths = iter([1, 4, 1000])
+def supervise_deaths(settings: dict, processes: int, deaths: list[int]) -> int:
+    """Runs until it comes to its end, dying each time after so many steps; gives the status."""
+    left = [*deaths]
 
     def run(more) -> int:
         asked = dict(zip(more[::2], more[1::2], strict=True))
-        resume = asked.get("--resume", "never")
-        own = {**settings, "output_dir": str(tmp_path / "run"), "resume": resume}
+        own = {**settings, "resume": asked.get("--resume", "never")}
         try:
-            run_on_processes(train_and_die, processes, own, next(deaths), timeout=60)
+            run_on_processes(train_and_die, processes, own, left.pop(0) if left else 0)
         except ChildFailed:
             return 1
         return 0
 
-    assert supervise(run, output_dir=str(tmp_path / "run"), max_restarts=9) == 0
-    assert next(deaths, None) is None
-    assert capsys.readouterr().err.count("restart ") == 2
-    whole = {**settings, "output_dir": str(tmp_path / "whole")}
-    run_on_processes(train_and_die, processes, whole, 1000, timeout=60)
+    status = supervise(run, output_dir=settings["output_dir"], max_restarts=len(deaths))
+    assert not left
+    return status
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_whose_processes_die_comes_to_the_same_end(
+    tmp_path, tiny_st_path, pairs_path, monkeypatch, processes
+):
+    monkeypatch.setattr(supervisor, "_PAUSE_S", 0)
+    settings = {
+        "model_name": str(tiny_st_path), "data_path": str(pairs_path), "device": "cpu",
+        "holdout_ratio": 0, "batch_size": 4, "max_steps": 8, "save_steps": 2, "lr": 0.01,
+        "logging_steps": 3, "progress": False,
+    }  # fmt: skip
+    for name, deaths in (("whole", []), ("run", [1, 4])):
+        own = {**settings, "output_dir": str(tmp_path / name)}
+        assert supervise_deaths(own, processes, deaths) == 0
     for name in ("metrics.jsonl", "final/model.safetensors"):
         found, expected = ((tmp_path / of / name).read_bytes() for of in ("run", "whole"))
         assert found == expected

@@ -49,7 +49,8 @@ def replace_flags(argv: Sequence[str], more: Sequence[str]) -> list[str]:
     skips = False
     for word in argv:
         is_flag = word.startswith("--")
-        skips = is_flag and word.partition("=")[0] in flags or (skips and not is_flag)
+        flag = "--" + word.removeprefix("--").partition("=")[0].replace("-", "_")
+        skips = (is_flag and flag in flags) or (skips and not is_flag)
         if not skips:
             kept.append(word)
     return [*kept, *more]

@@ -297,6 +297,11 @@ class TestFlags:
         assert load("--gradient_checkpointing", "--lr", "1").gradient_checkpointing
         assert not load("--gradient_checkpointing", "false").gradient_checkpointing
 
+    def test_with_hyphens(self):
+        config = load("--max-restarts", "3", "--model-name=a-b")
+        assert (config.max_restarts, config.model_name) == (3, "a-b")
+        assert config.origins["max_restarts"] == "--max_restarts"
+
     def test_with_an_equals_sign(self):
         assert load("--lr=0.5", "--query_prompt=-x").query_prompt == "-x"
 

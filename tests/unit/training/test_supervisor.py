@@ -81,5 +81,5 @@ def test_a_run_that_died_before_it_had_its_folder_starts_as_it_was_asked_to(tmp_
 
 
 def test_flags_are_replaced_wherever_they_stood():
-    argv = ["--resume", "never", "--lr", "1", "--overwrite_output_dir", "--seed=2", "--resume=x"]
+    argv = ["--resume", "never", "--lr", "1", "--overwrite-output-dir", "--seed=2", "--resume=x"]
     assert replace_flags(argv, GO_ON) == ["--lr", "1", "--seed=2", *GO_ON]
