@@ -15,9 +15,10 @@ import torch
 from tests.launch import ChildFailed, run_on_processes
 from tests.unit.training.test_trainer import Bag, make_batches, make_trainer
 from vembed.distributed import process_count, process_index
+from vembed.errors import exit_status
 from vembed.training import supervisor
 from vembed.training.rotation import list_checkpoints
-from vembed.training.stop_signals import STOPPING, StoppedError
+from vembed.training.stop_signals import STOPPING
 from vembed.training.supervisor import supervise
 
 SETTINGS = {"epochs": 4, "optimizer": "adamw", "logging_steps": 3, "lr": 0.01}
@@ -83,13 +84,18 @@ def stop_and_go_on(folder: str, trials: int) -> list[tuple[str, int]]:
         # Only one of the processes gets it.
         if draw.randrange(process_count()) == process_index():
             trainer.dataloader.timer = timer
-        with pytest.raises(StoppedError) as stopped:
-            trainer.train()
-        assert stopped.value.exit_code == 128 + number
-        (checkpoint,) = list_checkpoints(path)
-        again = trainer_of(path)
-        again.train(resume_from=checkpoint.path)
-        found.append((fingerprint(again, path), checkpoint.step))
+        status = exit_status(lambda trainer=trainer: trainer.train() and 0)
+        # Now and then it comes after the last step.
+        step = whole.state.step
+        if status:
+            assert status == 128 + number
+            (checkpoint,) = list_checkpoints(path)
+            step = checkpoint.step
+            trainer = trainer_of(path)
+            trainer.train(resume_from=checkpoint.path)
+        found.append((fingerprint(trainer, path), step))
+        if timer.ident is not None:
+            timer.join()
     return found
 
 

@@ -18,7 +18,7 @@ COMMANDS = {
     "check": ("vembed.cli.check", "check settings and all data without training"),
     "verify": (
         "vembed.cli.verify",
-        "prove that gradients and resuming are exact, for your own settings",
+        "prove, for your settings, that gradients or resuming are exact",
     ),
     "quickstart": ("vembed.quickstart", "the main job in minutes, on its own data: text or images"),
 }

@@ -72,9 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
         add_help=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train 2 N steps without a break, and N steps, a checkpoint and N more, and "
-        "compare weights,\noptimizer, random states and metrics bit by bit. The settings are those "
-        "of `vembed train`;\nnothing is left on the disk. Exit status: 0 if all is equal, 1 if not.",
+        description="Train 2 N steps without a break, and N steps, a checkpoint and N more. "
+        "Compare weights,\noptimizer, random states and metrics bit by bit. The settings are "
+        "those of `vembed train`;\nnothing is left on the disk. Exit status: 0 if all is equal, "
+        "1 if not.",
     )
     add = parser.add_argument
     add("-h", "--help", action="store_true", help="show this and stop")

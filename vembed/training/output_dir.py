@@ -17,7 +17,7 @@ from vembed.training.config import save_config
 from vembed.training.manifest import find_damage, read_manifest, remove_folder, replaced_folder
 from vembed.training.resume import AUTO, NEVER, changed_settings
 from vembed.training.resume_state import RunFacts
-from vembed.training.rotation import BEST, CHECKPOINTS, FINAL, list_checkpoints
+from vembed.training.rotation import BEST, CHECKPOINTS, FINAL, list_checkpoints, rotate
 from vembed.training.step_guard import NONFINITE_NAME
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,9 @@ def claim_output_dir(config: TrainConfig, accelerator: Accelerator, start: Path 
                 _remove_earlier_run(folder, config)
             else:
                 _take_best_along(start, folder)
+            if start is not None and config.resume == AUTO:
+                # The run may have been killed after a new checkpoint and before this.
+                rotate(folder, newest=config.save_total_limit, best=config.save_top_k)
             save_config(config, folder / CONFIG)
 
 

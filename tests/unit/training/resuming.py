@@ -18,38 +18,50 @@ BASE: dict[str, Any] = {
     "progress": False, "device": "cpu",
 }  # fmt: skip
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "validation": {"val_data_path": "<pairs>", "eval_steps": 2},
-    "sgd without a schedule's state": {"optimizer": "sgd", "scheduler_type": "constant"},
-    "adafactor": {"optimizer": "adafactor"},
-    "bf16": {"mixed_precision": "bf16"},
-    "bfloat16 weights": {"torch_dtype": "bfloat16"},
-    "lora": {"use_lora": True, "lora_dropout": 0.2},
-    "lora, bfloat16 weights": {"use_lora": True, "torch_dtype": "bfloat16"},
-    "frozen": {"freeze": ["backbone.embeddings.*"]},
-    "unfreezing": {"unfreeze_at_step": {"backbone.embeddings.*": 3, "backbone.encoder.layer.1.*": 7}},
-    "cache": {"use_gradient_cache": True, "gradient_cache_chunk_size": 2},
-    "measured cache": {
-        "use_gradient_cache": True, "gradient_cache_chunk_size": "auto",
-        "gradient_cache_keep": "auto",
-    },
-    "distillation": {
-        "teacher_model_name": "<teacher>",
-        "distillation_loss": {"similarity_kl": 1, "embedding": 0.5},
-    },
-    "guide": {"guide_model_name": "<teacher>"},
-    "learned temperature": {"learn_temperature": True},
-    "matryoshka": {"use_mrl": True},
-    "proxies": {"loss_type": "arcface", "data_path": "<labelled>"},
-    "class_balanced": {"loss_type": "supcon", "data_path": "<labelled>"},
-    "no_duplicates": {"batch_sampler": "no_duplicates"},
-    "homogeneous": {"batch_sampler": "homogeneous", "data_path": ["<pairs>", "<more pairs>"]},
-    "several sets": {"data_path": ["<pairs>", "<more pairs>"]},
-    "streaming": {"streaming": True, "shuffle_buffer_size": 5},
-    "projection": {"projection_dim": 8},
-    "towers": {"text_model_name": "<bert>", "image_model_name": "<vit>", "model_name": None,
-               "retrieval_mode": "t2t", "freeze_towers": ["image"]},
+# What a run remembers, in combinations; each with the step after which it is cut.
+VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "middle of a logging window": (4, {}),
+    "end of a pass, adafactor, validation": (
+        6, {"optimizer": "adafactor", "val_data_path": "<pairs>", "eval_steps": 2}
+    ),
+    "bf16, LoRA, cache": (
+        4, {"mixed_precision": "bf16", "use_lora": True, "lora_dropout": 0.2,
+            "use_gradient_cache": True, "gradient_cache_chunk_size": 2},
+    ),
+    "bfloat16 weights, frozen layers, projection": (
+        7, {"torch_dtype": "bfloat16", "freeze": ["backbone.embeddings.*"], "projection_dim": 8}
+    ),
+    "LoRA in bfloat16": (4, {"use_lora": True, "torch_dtype": "bfloat16"}),
+    "unfreezing, accumulation": (
+        3, {"unfreeze_at_step": {"backbone.embeddings.*": 1, "backbone.encoder.layer.1.*": 4},
+            "gradient_accumulation_steps": 3, "max_steps": 5},
+    ),
+    "measured cache, guide": (
+        4, {"use_gradient_cache": True, "gradient_cache_chunk_size": "auto",
+            "gradient_cache_keep": "auto", "guide_model_name": "<teacher>"},
+    ),
+    "distillation with a projection, learned temperature": (
+        4, {"teacher_model_name": "<teacher>", "learn_temperature": True,
+            "distillation_loss": {"similarity_kl": 1, "embedding": 0.5}},
+    ),
+    "proxies, class_balanced": (
+        6, {"loss_type": "arcface", "data_path": "<labelled>", "batch_sampler": "class_balanced"}
+    ),
+    "homogeneous batches of two sets, workers": (
+        4, {"batch_sampler": "homogeneous", "data_path": ["<pairs>", "<more pairs>"],
+            "num_workers": 2},
+    ),
+    "second pass of a stream, workers": (
+        7, {"streaming": True, "shuffle_buffer_size": 5, "num_workers": 2}
+    ),
+    "no_duplicates, matryoshka, sgd": (
+        4, {"batch_sampler": "no_duplicates", "use_mrl": True, "optimizer": "sgd",
+            "scheduler_type": "constant"},
+    ),
+    "two towers, one frozen": (
+        6, {"text_model_name": "<bert>", "image_model_name": "<vit>", "model_name": None,
+            "freeze_towers": ["image"]},
+    ),
 }  # fmt: skip
 
 
