@@ -45,8 +45,8 @@ def run_processes(command: Sequence[str], count: int, *, grace_s: float = 30.0) 
         grace_s: Seconds after a signal until processes that have not ended are killed.
 
     Returns:
-        The exit status of the process that failed first, or 0. A process ended by a signal that did
-        not come through here counts as 1; otherwise 128 + the signal.
+        The exit status of the process that failed first, or 0. A process that a signal ended counts
+        as 1; after a signal that was passed on, 1 becomes 128 + the signal.
     """
     port = _free_port()
     processes = [
@@ -59,7 +59,8 @@ def run_processes(command: Sequence[str], count: int, *, grace_s: float = 30.0) 
             status = _wait(processes, received, grace_s)
     finally:
         _kill(processes)
-    return 128 + received[0] if received and status else status
+    # What a process says of itself, that it could not save for example, is more than the signal.
+    return 128 + received[0] if received and status == 1 else status
 
 
 def follow_launcher() -> None:
@@ -99,6 +100,8 @@ def _wait(processes: Sequence[Process], received: Sequence[int], grace_s: float)
             grace = grace_s if received else _FAILURE_GRACE_S
             deadline = time.monotonic() + grace
         if time.monotonic() > deadline:
+            if received:
+                sys.stderr.write(f"vembed: killed what had not ended after {grace_s:g} s\n")
             _kill(processes)
         time.sleep(_POLL_S)
     return status or _first_failure(processes, quiet=bool(received))

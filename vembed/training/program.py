@@ -28,11 +28,13 @@ def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None)
         # After the checks, because they import torch.
         from accelerate import PartialState
 
+        from vembed.distributed import name_lost_processes
         from vembed.training.run import run_training
         from vembed.training.stop_signals import StoppedError
 
         try:
-            result = run_training(config)
+            with name_lost_processes(lambda: "the beginning or the end of the run"):
+                result = run_training(config)
         except OSError as error:
             if not isinstance(error, VembedError) and (problem := disk_problem(error)):
                 raise DiskError(f"{error.filename}: cannot be written: {problem}") from error

@@ -67,7 +67,7 @@ import os, signal, sys, time
 from vembed.training.local_launch import follow_launcher
 def stop(number, frame):
     os.write(1, b"stopping\n")
-    sys.exit(5)
+    sys.exit(1)
 signal.signal(signal.SIGTERM, stop)
 signal.signal(signal.SIGINT, stop)
 signal.signal(signal.SIGUSR1, stop)
@@ -121,6 +121,13 @@ def test_who_saves_has_its_time_and_a_second_signal_of_a_cluster_does_not_take_i
         time.sleep(0.1)
     assert launcher.wait(30) == 128 + signal.SIGUSR1
     assert launcher.stdout.read().count("saved") == 2
+
+
+def test_what_a_process_says_of_its_end_counts():
+    """Not 143, with which a job script would take it for saved."""
+    launcher = launch(WORKER.replace("sys.exit(1)", "sys.exit(3)"))
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(30) == 3
 
 
 def test_the_grace_period_has_an_end():
