@@ -110,7 +110,7 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
 os.write(1, b"ready\n")
 time.sleep(GRACE)
 os.write(1, b"saved\n")
-os._exit(143)
+os._exit(138)
 """
 
 
