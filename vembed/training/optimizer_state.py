@@ -132,6 +132,8 @@ def load_schedule_state(
     if not keep_settings:
         scheduler.load_state_dict(state)
         return
+    # The first step of a schedule would be told to come after one of the optimizer.
+    scheduler._step_count = max(2, state["_step_count"])
     scheduler.last_epoch = state["last_epoch"] - 1
     scheduler.step()
 

@@ -6,6 +6,7 @@ Nothing here needs torch.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -126,7 +127,7 @@ def _best_of(checkpoints: Collection[StepCheckpoint], count: int) -> list[StepCh
         except CheckpointError:
             continue
         value = facts.get("value")
-        if value is not None:
+        if value is not None and not math.isnan(value):
             rated.append((value if facts["larger_is_better"] else -value, checkpoint))
     rated.sort(key=lambda pair: (pair[0], pair[1].step), reverse=True)
     return [checkpoint for _, checkpoint in rated[:count]]

@@ -6,14 +6,13 @@ import json
 import logging
 import random
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
-from tests.tiny import PAIRS, write_rows
+from tests.tiny import PAIRS, tiny_bert, write_rows
 from tests.unit.training.resuming import (
     VARIANTS,
     digests,
@@ -26,6 +25,7 @@ from tests.unit.training.resuming import (
 from tests.unit.training.test_trainer import make_batches, make_trainer
 from vembed.config import TrainConfig
 from vembed.errors import CheckpointError, ConfigError
+from vembed.training.gradient_cache import GradientCache
 from vembed.training.manifest import read_manifest
 from vembed.training.optimizer_state import (
     OptimizerState,
@@ -75,18 +75,19 @@ def test_every_optimizer_state_is_compared_because_checkpoints_hold_it(places, t
     }
 
 
+@pytest.fixture(scope="module")
+def finished(places, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("auto") / "run"
+    reset()
+    settings = settings_of(
+        places, folder, save_steps=3, save_total_limit=2, resume="auto",
+        val_data_path="<pairs>", eval_steps=4,
+    )  # fmt: skip
+    return settings, run_whole(settings)
+
+
 class TestASecondStart:
     """`resume: auto`: one command line for the first start and every other."""
-
-    @pytest.fixture(scope="class")
-    def finished(self, places, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("auto") / "run"
-        reset()
-        settings = settings_of(
-            places, folder, save_steps=3, save_total_limit=2, resume="auto",
-            val_data_path="<pairs>", eval_steps=4,
-        )  # fmt: skip
-        return settings, run_whole(settings)
 
     @pytest.fixture
     def run(self, finished, tmp_path):
@@ -163,12 +164,6 @@ class TestASecondStart:
             resume="auto",
         )  # fmt: skip
         run_training(settings)
-        shutil.copy(
-            Path(make_places(tmp_path / "others")["<teacher>"]) / "config.json",
-            tmp_path / "ignored",
-        )
-        from tests.tiny import tiny_bert
-
         shutil.rmtree(model)
         tiny_bert(model, seed=5)
         reset()
@@ -364,7 +359,8 @@ class TestRandomStates:
         states = RandomStates(states.tensors, json.loads(json.dumps(states.others)))
 
         def draw():
-            return torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+            of_numpy = np.random.rand(3).tolist()  # noqa: NPY002 - the global generator
+            return torch.rand(3).tolist(), of_numpy, random.random()
 
         first = draw()
         draw()
@@ -376,6 +372,17 @@ class TestRandomStates:
         with undisturbed(torch.device("cpu")):
             torch.rand(5)
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_a_cache_has_measured_decides_how_it_cuts():
+    one = GradientCache(chunk_size="auto", keep="auto")
+    one.chunk_tokens, one._budget, one._bytes_per_token = 12, 1000, {"query": 1.5}
+    other = GradientCache(chunk_size="auto", keep="auto")
+    other.take_measured(json.loads(json.dumps(one.measured())))
+    assert other.measured() == one.measured()
+    fixed = GradientCache(chunk_tokens=5)
+    fixed.take_measured(one.measured())
+    assert fixed.chunk_tokens == 5
 
 
 class TestChangedSettings:
@@ -407,9 +414,7 @@ class TestVerifyResume:
         assert all(part.total for part in found.parts)
         assert not (tmp_path / "unused").exists()
 
-    def test_finds_a_run_that_goes_on_with_other_random_numbers(
-        self, places, tmp_path, monkeypatch
-    ):
+    def test_finds_other_random_numbers(self, places, tmp_path, monkeypatch):
         monkeypatch.setattr(RandomStates, "restore", lambda *_: None)
         found = verify_resume(settings_of(places, tmp_path / "unused"), steps=1)
         assert not found.passed
