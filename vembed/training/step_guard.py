@@ -24,6 +24,7 @@ from torch import Tensor
 from vembed.data import RecordDataset
 from vembed.distributed import gather_texts, process_count, process_index
 from vembed.errors import NonFiniteError
+from vembed.training.disk import disk_problem
 
 if TYPE_CHECKING:
     from vembed.training.trainer import StepOutput, Trainer
@@ -129,10 +130,17 @@ class StepGuard:
         return scaler is not None and scaler.get_scale() >= 1.0
 
     def _write(self, path: Path, line: Mapping[str, Any]) -> None:
-        if self._trainer.accelerator.is_main_process:
+        if not self._trainer.accelerator.is_main_process:
+            return
+        try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            if disk_problem(error) is None:
+                raise
+            # What is to be told about the step matters more.
+            logger.warning("%s cannot be written: %s", path, disk_problem(error))
 
     def _tell_spike(self, loss: float, group: Sequence[Mapping[str, Any]]) -> None:
         usual = self._spikes.usual_before(loss)
