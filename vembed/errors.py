@@ -51,6 +51,11 @@ class DiskError(VembedError, OSError):
     """A disk that is full or cannot be written to."""
 
     exit_code = 3
+
+
+class LostSaveError(DiskError):
+    """A save that a disk did not take, as every process knows."""
+
     is_shared = True
 
 

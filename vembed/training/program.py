@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from vembed.config import RUN_REQUIRES
-from vembed.errors import DiskError, VembedError, exit_status
+from vembed.errors import DiskError, LostSaveError, VembedError, exit_status
 from vembed.training.config import load_and_parse_config
 from vembed.training.disk import disk_problem
 from vembed.training.launch_check import check_process_count, check_strategy, started_processes
@@ -44,7 +44,7 @@ def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None)
             raise
         PartialState().destroy_process_group()
         if result.failed_saves:
-            raise DiskError(
+            raise LostSaveError(
                 f"the run came to its end, but not everything could be saved: "
                 f"{', '.join(result.failed_saves)}"
             )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vembed.distributed import fail_together, name_lost_processes
-from vembed.errors import ConfigError, DiskError, VembedError
+from vembed.errors import ConfigError, LostSaveError, VembedError
 from vembed.losses.matryoshka import innermost
 from vembed.registry import accepted_arguments
 from vembed.training.checkpoint import save_checkpoint
@@ -186,7 +186,7 @@ def _raise_stopped(number: int, path: Path | None, where: str) -> NoReturn:
     """End a run that a signal stopped at `where`, and that is saved in `path`, if it is."""
     told = f"stopped by {signal.Signals(number).name} after {where}"
     if path is None:
-        raise DiskError(f"{told}, but not saved: the disk did not take the checkpoint")
+        raise LostSaveError(f"{told}, but not saved: the disk did not take the checkpoint")
     raise StoppedError(
         f"{told}; saved in {path}. The same command with --resume auto goes on from there", number
     )
@@ -336,7 +336,7 @@ def _save_step(trainer: Trainer, checkpoints: StepCheckpoints, state: TrainState
 def _save_final(trainer: Trainer, state: TrainState) -> None:
     path = Path(trainer.config.output_dir) / FINAL
     if not _save(trainer, path, facts={"step": state.step}):
-        raise DiskError(
+        raise LostSaveError(
             f"{path}: the trained model could not be saved. Make room and go on with it"
         )
 
