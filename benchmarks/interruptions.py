@@ -73,7 +73,7 @@ def deaths(folder: Path, *, processes: int, count: int) -> None:
     lives = [draw.choice((1, 3, 4, 5)) if n % 3 else draw.choice((3, 4)) for n in range(count)]
     for name, of_run in (("whole", []), ("run", lives)):
         own = {**settings, "output_dir": str(folder / f"{processes}" / name)}
-        assert supervise_deaths(own, processes, of_run) == 0
+        assert supervise_deaths(own, processes, of_run, timeout=600) == 0
     assert same_end(folder / f"{processes}"), "they end differently"
     print(
         f"{count} deaths, {processes} processes: identical, {time.perf_counter() - started:.0f} s",

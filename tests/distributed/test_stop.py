@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -124,7 +125,9 @@ def train_and_die(settings: dict, dies_at: int) -> None:
     run_training(settings)
 
 
-def supervise_deaths(settings: dict, processes: int, deaths: list[int]) -> int:
+def supervise_deaths(
+    settings: dict, processes: int, deaths: list[int], *, timeout: float = 60
+) -> int:
     """Runs until it comes to its end, dying each time after so many steps; gives the status."""
     left = [*deaths]
 
@@ -132,8 +135,10 @@ def supervise_deaths(settings: dict, processes: int, deaths: list[int]) -> int:
         asked = dict(zip(more[::2], more[1::2], strict=True))
         own = {**settings, "resume": asked.get("--resume", "never")}
         try:
-            run_on_processes(train_and_die, processes, own, left.pop(0) if left else 0)
-        except ChildFailed:
+            dies_at = left.pop(0) if left else 0
+            run_on_processes(train_and_die, processes, own, dies_at, timeout=timeout)
+        except ChildFailed as error:
+            sys.stderr.write(f"{error}\n")
             return 1
         return 0
 

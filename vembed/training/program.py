@@ -37,7 +37,7 @@ def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None)
                 result = run_training(config)
         except OSError as error:
             if not isinstance(error, VembedError) and (problem := disk_problem(error)):
-                raise DiskError(f"{error.filename}: cannot be written: {problem}") from error
+                raise DiskError(f"{error.filename or error}: {problem}") from error
             raise
         except StoppedError:
             PartialState().destroy_process_group()
