@@ -11,8 +11,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +61,100 @@ def run_on_processes(fn: Callable[..., Any], n: int, *args: Any, timeout: float 
             process.kill()
             process.join()
         meeting.cleanup()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a forked process ended: its exit status, negative for a signal, and what it said."""
+
+    status: int
+    said: str
+
+
+def run_forked(fn: Callable[..., int | None], *args: Any, timeout: float = 60) -> Ended:
+    """Call `fn(*args)` in a forked process, whose exit status is what it returns; 0 for None.
+
+    For what ends processes. `fn` may be any function; its stderr is a file.
+    """
+    return _run_forked([{}], "", fn, args, timeout)[0]
+
+
+def run_together(
+    fn: Callable[..., int | None], n: int, *args: Any, timeout: float = 60
+) -> list[Ended]:
+    """As `run_forked`, on `n` processes of one gloo group; gives how each of them ended."""
+    with tempfile.TemporaryDirectory(prefix="vembed-gloo-") as meeting:
+        environments = [_environment(rank, n) for rank in range(n)]
+        return _run_forked(environments, f"file://{meeting}/group", fn, args, timeout)
+
+
+def _run_forked(
+    environments: list[dict[str, str]],
+    meeting: str,
+    fn: Callable[..., int | None],
+    args: tuple[Any, ...],
+    timeout: float,
+) -> list[Ended]:
+    with ExitStack() as stack:
+        files = [stack.enter_context(tempfile.TemporaryFile()) for _ in environments]
+        return _wait_for(_start_forked(files, environments, meeting, fn, args), files, timeout)
+
+
+def _start_forked(
+    files: list[IO[bytes]],
+    environments: list[dict[str, str]],
+    meeting: str,
+    fn: Callable[..., int | None],
+    args: tuple[Any, ...],
+) -> list[Any]:
+    processes = [
+        multiprocessing.get_context("fork").Process(
+            target=_end_with_status, args=(file.fileno(), environment, meeting, fn, args)
+        )
+        for environment, file in zip(environments, files, strict=True)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _wait_for(processes: list[Any], files: list[IO[bytes]], timeout: float) -> list[Ended]:
+    deadline = time.monotonic() + timeout
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    late = [process for process in processes if process.exitcode is None]
+    for process in late:
+        process.kill()
+    said = []
+    for file in files:
+        file.seek(0)
+        said.append(file.read().decode())
+    if late:
+        raise ChildFailed(f"{len(late)} processes did not end within {timeout} s: {said}")
+    return [Ended(p.exitcode or 0, text) for p, text in zip(processes, said, strict=True)]
+
+
+def _end_with_status(
+    stderr: int,
+    environment: dict[str, str],
+    meeting: str,
+    fn: Callable[..., int | None],
+    args: tuple[Any, ...],
+) -> None:
+    os.dup2(stderr, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    torch.set_num_threads(1)
+    if meeting:
+        _join_group(environment, meeting)
+    os._exit(_status_of(fn, args))
+
+
+def _status_of(fn: Callable[..., int | None], args: tuple[Any, ...]) -> int:
+    try:
+        return fn(*args) or 0
+    except BaseException:
+        traceback.print_exc()
+        return 99
 
 
 def _start_method() -> str:
@@ -108,15 +204,10 @@ def _child(
     fn: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
-    os.environ.update(environment)
     # The threads that OpenMP had before a fork are gone after it; with one, it asks for none.
     torch.set_num_threads(1)
-    if "accelerate.state" in sys.modules:
-        # A forked process would believe what its parent's Accelerator found: that it is alone.
-        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+        _join_group(environment, meeting)
         outcome = True, fn(*args)
     except BaseException:
         outcome = False, traceback.format_exc()
@@ -125,3 +216,12 @@ def _child(
     # One that leaves early takes its connections with it, while others may still need them: wait
     # for the parent, which ends all of them together, or for its own end.
     pipe.poll(None)
+
+
+def _join_group(environment: dict[str, str], meeting: str) -> None:
+    os.environ.update(environment)
+    if "accelerate.state" in sys.modules:
+        # A forked process would believe what its parent's Accelerator found: that it is alone.
+        sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)

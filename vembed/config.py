@@ -151,6 +151,15 @@ def _number_or_numbers(value: Any) -> Any:
     return numbers if several else numbers[0]
 
 
+def _two_or_more(value: int | None) -> int | None:
+    """The newest checkpoint alone would be lost with a bad disk, and with it the run."""
+    if value is not None and value < 2:
+        raise ValueError(
+            "must be at least 2, so that there is another one if the newest is damaged"
+        )
+    return value
+
+
 def _kinds(value: Any) -> Any:
     """A name, names with weights above 0, or null."""
     if value is None or (isinstance(value, str) and value and value[0] not in "{["):
@@ -559,6 +568,14 @@ class TrainConfig(BaseModel):
     max_grad_norm: Float = Field(
         1.0, ge=0, description="Gradient norm is clipped to this; 0 does not clip"
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="What becomes of a step whose loss or gradient is not finite: it ends the run, "
+        "or changes no weight and is counted",
+    )
+    max_nonfinite_steps: Int = Field(
+        10, gt=0, description="Most steps of a run that on_nonfinite: skip leaves out"
+    )
     seed: Annotated[int, BeforeValidator(_no_bool)] = Field(
         42, ge=0, le=2**32 - 1, description="Seed of everything random"
     )
@@ -601,6 +618,24 @@ class TrainConfig(BaseModel):
     num_processes: Int | None = Field(
         None, gt=0, description="Processes that must take part; null: as many as were started"
     )
+    process_timeout_s: Float = Field(
+        1800,
+        gt=0,
+        description="Seconds that a step, or a process that others wait for, may take; then the "
+        "run ends and says where it stands",
+    )
+    grace_period_s: Float = Field(
+        30,
+        gt=0,
+        description="Seconds from SIGTERM to the kill, as your cluster has it: vembed train waits "
+        "so long, and a save that takes longer is warned of",
+    )
+    max_restarts: Int = Field(
+        0,
+        ge=0,
+        description="Times that vembed train starts a run again that died, from its newest "
+        "checkpoint",
+    )
     distributed_strategy: Literal["ddp", "fsdp2"] = Field(
         "ddp",
         description="What processes share: ddp gradients; fsdp2 also weights and optimizer state",
@@ -633,7 +668,25 @@ class TrainConfig(BaseModel):
         ge=0,
         description="Optimizer steps between checkpoints; 0: only the final and the best model",
     )
-    save_total_limit: Int | None = Field(2, ge=1, description="Checkpoints kept; null: all")
+    save_total_limit: Annotated[Int | None, AfterValidator(_two_or_more)] = Field(
+        2, description="Newest checkpoints kept, at least 2; null: all"
+    )
+    save_top_k: Int = Field(
+        0,
+        ge=0,
+        description="Checkpoints kept because of their validation value, however old; needs "
+        "val_data_path",
+    )
+    resume: str = Field(
+        "never",
+        min_length=1,
+        description="auto: go on from the newest whole checkpoint in output_dir, or start; or a "
+        "checkpoint's path; never: start",
+    )
+    allow_inexact_resume: bool = Field(
+        False,
+        description="Go on although settings, rows or processes changed, and results may differ",
+    )
     save_adapter: bool = Field(
         True, description="With LoRA, keep the adapter by itself, too: adapter/ beside the model"
     )
@@ -810,6 +863,7 @@ def find_conflicts(config: TrainConfig, required: Collection[str] = ()) -> list[
         *_data_conflicts(config),
         *_distillation_conflicts(config),
         *_optimisation_conflicts(config),
+        *_checkpoint_conflicts(config),
     ]
 
 
@@ -879,6 +933,22 @@ _NEEDS = (
     _Need(
         ("save_total_limit",), "save_steps", lambda c: c.save_steps,
         "without checkpoints on the way. Set save_steps",
+    ),
+    _Need(
+        ("save_top_k",), "save_steps", lambda c: c.save_steps,
+        "without checkpoints on the way. Set save_steps",
+    ),
+    _Need(
+        ("save_top_k",), "val_data_path", lambda c: c.val_data_path is not None,
+        "without checkpoints that are rated. Set val_data_path",
+    ),
+    _Need(
+        ("allow_inexact_resume",), "resume", lambda c: c.resume != "never",
+        "where nothing is resumed. Set resume: auto",
+    ),
+    _Need(
+        ("max_nonfinite_steps",), "on_nonfinite", lambda c: c.on_nonfinite == "skip",
+        "where the first such step ends the run. Set on_nonfinite: skip",
     ),
     _Need(
         ("project_name", "run_name", "tags"), "report_to", lambda c: c.report_to,
@@ -1136,6 +1206,15 @@ def _data_conflicts(config: TrainConfig) -> Iterator[Problem]:
         yield Problem(
             ("streaming", "test_data_path", "holdout_ratio"),
             "nothing can be held out of a stream. Set test_data_path, or holdout_ratio: 0",
+        )
+
+
+def _checkpoint_conflicts(config: TrainConfig) -> Iterator[Problem]:
+    if config.resume != "never" and config.overwrite_output_dir:
+        yield Problem(
+            ("overwrite_output_dir", "resume"),
+            f"replaces an earlier run, but resume: {config.resume} goes on with one. Set false, or "
+            "resume: never",
         )
 
 

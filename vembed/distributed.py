@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -179,44 +180,101 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return any(flag for (flag,) in gather_numbers([int(flag)], device))
 
 
+@dataclass
+class Said:
+    """What processes tell each other when they leave `fail_together`.
+
+    Attributes:
+        largest: The largest number that any of them said.
+    """
+
+    largest: int = 0
+
+
 @contextmanager
-def fail_together(device: torch.device) -> Iterator[None]:
+def name_lost_processes(where: Callable[[], str]) -> Iterator[None]:
+    """Turn torch's errors about a process that does not answer into one that says who tells it.
+
+    Args:
+        where: What this process was at, as in `step 3`.
+
+    Raises:
+        DistributedError: in place of them.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        from_torch = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if isinstance(error, VembedError) or not from_torch:
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise DistributedError(
+            f"process {process_index()} lost the others at {where()}: one of them ended or hangs, "
+            f"and says why if it can. Received: {reason}"
+        ) from error
+
+
+@contextmanager
+def fail_together(device: torch.device, say: Callable[[], int] | None = None) -> Iterator[Said]:
     """Raise on every process if one raises inside, so that none waits for it for ever.
 
     Collective: every process must enter it. There must be no other collective inside.
 
     Args:
         device: Of the run; numbers do not go through it.
+        say: Gives a number from 0 up for the other processes, which costs nothing more.
+
+    Yields:
+        What they said, once it is left.
 
     Raises:
         DistributedError: on the processes that could have gone on; it has the message and the
             `exit_code` of the first one that could not, whose own error is raised there.
     """
+    said = Said()
     try:
-        yield
+        yield said
     except Exception as error:
-        _share_failure(error, device)
+        _share_failure(error, device, said, 0)
         raise
-    if failure := _share_failure(None, device):
+    if failure := _share_failure(None, device, said, 0 if say is None else say()):
         raise failure
 
 
-def _share_failure(own: Exception | None, device: torch.device) -> DistributedError | None:
+def gather_texts(text: str, device: torch.device) -> list[str]:
+    """The text of every process, by process. Collective: every process must call it.
+
+    Args:
+        text: This process's.
+        device: Of the run; texts do not go through it.
+    """
+    if not is_distributed():
+        return [text]
+    message = torch.tensor(list(text.encode("utf-8", "replace")), dtype=torch.uint8)
+    lengths = gather_counts(len(message), device)
+    texts = torch.split(gather_rows(message, lengths), lengths)
+    return [bytes(of_process.tolist()).decode() for of_process in texts]
+
+
+def _share_failure(
+    own: Exception | None, device: torch.device, said: Said, number: int
+) -> DistributedError | None:
     """What the first process that failed says; None if none did. Collective."""
+    said.largest = number
     if not is_distributed():
         return None
     code = 0
     if own is not None:
         code = own.exit_code if isinstance(own, VembedError) else VembedError.exit_code
-    codes = gather_counts(code, device)
+    shared = gather_numbers([code, number], device)
+    codes = [code for code, _ in shared]
+    said.largest = max(number for _, number in shared)
     if not any(codes):
         return None
     text = "" if own is None else str(own) if isinstance(own, VembedError) else repr(own)
-    message = torch.tensor(list(text.encode("utf-8", "replace")), dtype=torch.uint8)
-    lengths = gather_counts(len(message), device)
-    texts = torch.split(gather_rows(message, lengths), lengths)
+    texts = gather_texts(text, device)
     rank = next(rank for rank, code in enumerate(codes) if code)
-    told = bytes(texts[rank].tolist()).decode()
+    told = texts[rank]
     failure = DistributedError(f"process {rank} cannot go on, so that none can: {told}")
     failure.exit_code = codes[rank]
     failure.is_shared = True

@@ -24,10 +24,13 @@ class VembedError(Exception):
     Attributes:
         exit_code: The status of a program that it ends.
         is_shared: Whether the first process of several tells it too.
+        may_end_others: Whether the launcher, when it sees this process end, may end others that
+            still have something to say.
     """
 
     exit_code = 1
     is_shared = False
+    may_end_others = True
 
 
 class ConfigError(VembedError, ValueError):
@@ -46,6 +49,25 @@ class CheckpointError(VembedError, OSError):
     """A model folder that is missing, incomplete, or does not fit."""
 
     exit_code = 2
+
+
+class DiskError(VembedError, OSError):
+    """A disk that is full or cannot be written to."""
+
+    exit_code = 3
+
+
+class LostSaveError(DiskError):
+    """A save that a disk did not take, as every process knows."""
+
+    is_shared = True
+
+
+class NonFiniteError(VembedError, ArithmeticError):
+    """A loss or a gradient that is infinite or no number."""
+
+    exit_code = 5
+    is_shared = True
 
 
 class DistributedError(VembedError, RuntimeError):
@@ -70,7 +92,7 @@ def exit_status(program: Callable[[], int]) -> int:
     try:
         return program()
     except VembedError as error:
-        if rank:
+        if rank and error.may_end_others:
             time.sleep(_WAIT_FOR_FIRST_PROCESS_S)
         if not (rank and error.is_shared):
             message = _visible(redact_text(str(error)))

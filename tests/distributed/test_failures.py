@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tests.launch import run_on_processes
 from tests.pictures import flipped_png, mode_rows, write_pictures
 from tests.tiny import write_rows
 from vembed.distributed import fail_together, process_index
-from vembed.errors import DataError, VembedError
+from vembed.errors import DataError, NonFiniteError, VembedError
 
 CPU = torch.device("cpu")
 
@@ -101,3 +102,36 @@ def test_everyone_knows_who_failed_and_how():
 def test_a_single_process_raises_its_own():
     assert fail({0: DataError("a")}) == ("DataError", "a", 2)
     assert fail({}) == ("", "", 0)
+
+
+def train_with_a_nan(folder: str, settings: dict[str, Any]) -> tuple[str, int, list[float], int]:
+    """A run in which process 1's third loss is not finite."""
+    from tests.unit.training.test_step_guard import poisoned
+    from tests.unit.training.test_trainer import Criterion, make_trainer
+
+    torch.manual_seed(0)
+    criterion = poisoned(float("nan")) if process_index() == 1 else Criterion()
+    trainer = make_trainer(Path(folder), criterion=criterion, **settings)
+    told, code = "", 0
+    try:
+        trainer.train()
+    except NonFiniteError as error:
+        told, code = str(error), error.exit_code
+    weights = trainer.accelerator.unwrap_model(trainer.model).words.weight
+    return told, code, weights.flatten().tolist(), trainer.state.skipped_steps
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_both_before_the_update(tmp_path):
+    first, second = run_on_processes(train_with_a_nan, 2, str(tmp_path), {"epochs": 2})
+    assert first == second
+    assert first[1] == 5
+    assert first[0].startswith("step 3: ")
+    assert "loss nan (task nan) on process 1, gradient norm nan" in first[0]
+    assert torch.tensor(first[2]).isfinite().all()
+
+
+def test_both_processes_skip_what_one_cannot_use(tmp_path):
+    settings = {"epochs": 2, "on_nonfinite": "skip"}
+    first, second = run_on_processes(train_with_a_nan, 2, str(tmp_path), settings)
+    assert first == second
+    assert (first[1], first[3]) == (0, 1)

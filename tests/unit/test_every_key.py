@@ -28,6 +28,7 @@ from vembed.training.optimizer_builder import resolve_tracker
 from vembed.training.run import run_training
 from vembed.training.teaching.teach import teach
 from vembed.training.trainer import Trainer
+from vembed.training.watchdog import Watchdog
 
 # A run on captions and pictures, with the tests' own encoder, which cannot be loaded again.
 PICTURES = {
@@ -124,6 +125,10 @@ CHANGES = {
     "warmup_ratio": (1.0, {}),
     "warmup_steps": (2, {}),
     "max_grad_norm": (1e-3, {"optimizer": "sgd"}),
+    "on_nonfinite": ("skip", {"temperature": 1e-38}),
+    "max_nonfinite_steps": (1, {"temperature": 1e-38, "on_nonfinite": "skip"}),
+    "grace_period_s": (1e-9, {"save_steps": 1}),
+    "max_restarts": (1, {}),
     "seed": (1, {}),
     "mixed_precision": ("bf16", {}),
     "device": ("auto", {"mixed_precision": "fp16"}),
@@ -132,7 +137,18 @@ CHANGES = {
     "logging_steps": (2, {}),
     "eval_steps": (1, {"val_data_path": "<pairs>"}),
     "save_steps": (1, {}),
-    "save_total_limit": (1, {"save_steps": 1}),
+    "save_total_limit": (None, {"save_steps": 1, "max_steps": 3}),
+    "save_top_k": (
+        1,
+        {
+            "save_steps": 1,
+            "max_steps": 3,
+            "val_data_path": "<pairs>",
+            "eval_steps": 1,
+            "metric_for_best": "loss",
+            "optimizer_kwargs": {"maximize": True},
+        },
+    ),
     "save_adapter": (False, {"use_lora": True}),
     "metric_for_best": ("nonsense", {"val_data_path": "<pairs>"}),
     "report_to": (["tensorboard"], {}),
@@ -396,6 +412,18 @@ class TestWhatOnlyChangesHowARunComputes:
         assert observed(**compiled)["error"] is None
         assert set(backends) == {"eager"}
 
+    def test_process_timeout_s(self, observed, monkeypatch):
+        timeouts = []
+        assign = Watchdog.__init__
+
+        def spy(watchdog, timeout_s):
+            timeouts.append(timeout_s)
+            assign(watchdog, timeout_s)
+
+        monkeypatch.setattr(Watchdog, "__init__", spy)
+        assert observed(process_timeout_s=77)["error"] is None
+        assert timeouts == [77]
+
     def test_num_processes(self):
         check_process_count({"num_processes": 1}, 1)
         with pytest.raises(DistributedError):
@@ -418,6 +446,17 @@ class TestWhatOnlyChangesHowARunComputes:
         with pytest.raises(ConfigError, match="holds an earlier run"):
             run_training(settings)
         run_training({**settings, "overwrite_output_dir": True})
+
+    def test_resume_and_allow_inexact_resume(self, resolve, tmp_path):
+        settings = resolve({**BASE, "output_dir": str(tmp_path / "run"), "save_steps": 1})
+        first = run_training(settings).state.history
+        with pytest.raises(ConfigError, match=r"set resume: auto"):
+            run_training(settings)
+        assert run_training({**settings, "resume": "auto"}).state.history == first
+        with pytest.raises(ConfigError, match=r"lr: 0\.5, was 0\.01"):
+            run_training({**settings, "resume": "auto", "lr": 0.5})
+        allowed = {"resume": "auto", "allow_inexact_resume": True}
+        run_training({**settings, **allowed, "lr": 0.5})
 
     def test_run_name_and_tags(self):
         arguments = resolve_tracker("wandb", run_name="name", tags=["tag"]).init_kwargs["wandb"]

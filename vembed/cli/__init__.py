@@ -14,9 +14,13 @@ COMMANDS = {
     "evaluate": ("vembed.cli.evaluate", "measure a model on a test set"),
     "encode": ("vembed.cli.encode", "turn the rows of a file into vectors (.npy)"),
     "teach": ("vembed.cli.teach", "store what a teacher says about the training rows"),
+    "checkpoints": ("vembed.cli.checkpoints", "list, check and prune the checkpoints of a run"),
     "check": ("vembed.cli.check", "check settings and all data without training"),
     "plan": ("vembed.cli.plan", "predict memory, time and communication without training"),
-    "verify": ("vembed.cli.verify", "prove that gradients are exact, for your own settings"),
+    "verify": (
+        "vembed.cli.verify",
+        "prove, for your settings, that gradients or resuming are exact",
+    ),
     "doctor": ("vembed.cli.doctor", "find what is wrong with the machine or the installation"),
     "quickstart": ("vembed.quickstart", "the main job in minutes, on its own data: text or images"),
 }
@@ -45,7 +49,7 @@ def _run(command: str, argv: list[str]) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items())
+    commands = "\n".join(f"  {name:<13}{summary}" for name, (_, summary) in COMMANDS.items())
     return (
         "usage: vembed COMMAND ...\n\n"
         "Fine-tune embedding models, and measure that they got better.\n\n"

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, get_args
@@ -20,6 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from vembed.cli import verify_resume
+from vembed.cli.terminal import sigterm_as_interrupt
 from vembed.config import RUN_REQUIRES, TrainConfig
 from vembed.errors import ConfigError, did_you_mean
 from vembed.training.config import load_and_parse_config
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from vembed.training.verification.comparison import CaseResult, GroupDifference
     from vembed.training.verification.verify import OnCase, Verification
 
-TOPICS = ("gradients",)
+TOPICS = ("gradients", "resume")
 
 _PROG = "vembed verify"
 
@@ -60,6 +60,8 @@ def main(argv: list[str]) -> int:
             f"{_PROG}: unknown topic {topic!r}{did_you_mean(topic, TOPICS)}. "
             f"One of: {', '.join(TOPICS)}"
         )
+    if topic == "resume":
+        return verify_resume.main(rest)
     arguments, settings = parser.parse_known_args(rest)
     if arguments.help:
         parser.print_help()
@@ -75,7 +77,7 @@ def main(argv: list[str]) -> int:
 
 def _verify(config: TrainConfig, arguments: argparse.Namespace) -> Verification:
     on_case, progress = _progress(arguments.processes)
-    with progress, _sigterm_as_interrupt():
+    with progress, sigterm_as_interrupt():
         if arguments.processes > 1:
             start_importing()
         # After the settings are checked, because it imports torch.
@@ -89,16 +91,6 @@ def _verify(config: TrainConfig, arguments: argparse.Namespace) -> Verification:
                 pairs=arguments.pairs,
                 on_case=on_case,
             )
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM, too, shall end the processes and remove what is on the disk."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -263,6 +263,16 @@ class StreamingRecordDataset(torch.utils.data.IterableDataset[Record]):
         self._quarantine = quarantine
         self.fields = frozenset.intersection(*(stream.first_fields() for stream in streams))
 
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the sources, the sizes of their files and their prompts; no row is read."""
+        digest = hashlib.blake2b(digest_size=16)
+        for stream in self._streams:
+            sizes = [os.path.getsize(file) for file in stream.source.files if os.path.isfile(file)]
+            prompts = (stream.origin.query_prompt, stream.origin.document_prompt)
+            digest.update(repr((stream.source.path, sizes, prompts)).encode())
+        return digest.hexdigest()
+
     def __iter__(self) -> Iterator[Record]:
         row_index = 0
         for stream, tally in zip(self._streams, self._tallies(), strict=True):

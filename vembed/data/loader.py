@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -31,15 +35,28 @@ class RecordLoader(DataLoader[Any]):
     Attributes:
         process_count: Processes that the rows are already shared among.
         collator: What makes its batches.
+        seed: Seed of the run.
     """
 
     process_count: int = 1
     collator: CollateRecords
+    seed: int = 0
+    generator: torch.Generator
 
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
         """Choose the epoch (from 0) to iterate over next, and the batch in it to begin with."""
         order: Any = self.dataset if self.batch_sampler is None else self.batch_sampler
         order.set_epoch(epoch, start_batch=start_batch)
+        # What workers draw, such as in a collator of the user's, hangs on the epoch, not on how
+        # many there were before in this process.
+        self.generator.manual_seed(_mixed(self.seed, epoch))
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these rows from others; of a stream, where they come from and file sizes."""
+        rows: Any = self.dataset
+        found: str = rows.fingerprint
+        return found
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -140,12 +157,13 @@ def build_dataloader(
         rows,
         collate_fn=_Collate(collate, lender),
         num_workers=num_workers,
-        worker_init_fn=_without_threads if num_workers else None,
+        worker_init_fn=_start_worker if num_workers else None,
         generator=torch.Generator().manual_seed(seed),
         **order,
     )
     loader.process_count = process_count
     loader.collator = collator
+    loader.seed = seed
     return loader
 
 
@@ -254,6 +272,11 @@ class _BatchStream(IterableDataset[Any]):
         self._epoch = 0
         self._start_batch = 0
 
+    @property
+    def fingerprint(self) -> str:
+        """See `RecordLoader.fingerprint`."""
+        return self._dataset.fingerprint
+
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
         """See `RecordLoader.set_epoch`."""
         self._epoch = epoch
@@ -289,5 +312,24 @@ class _BatchStream(IterableDataset[Any]):
         )
 
 
-def _without_threads(_worker_id: int) -> None:
+def _mixed(seed: int, epoch: int) -> int:
+    """A seed of torch that hangs on both."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _start_worker(_worker_id: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # Terminals and clusters send a signal to all processes of a job, and the training process needs
+    # rows to finish its step with.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    """End by SIGTERM from the training process, and by nobody else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

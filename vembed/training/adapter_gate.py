@@ -271,8 +271,19 @@ def _without_adapters(encoder: nn.Module) -> Iterator[None]:
 
 
 def _embed(encoder: Any, inputs: Sequence[Inputs]) -> Tensor:
-    with eval_mode(encoder):
+    with eval_mode(encoder), _own_forward(encoder):
         return cat_items([encoder(normalize=True, **of_role).float() for of_role in inputs])
+
+
+@contextmanager
+def _own_forward(encoder: nn.Module) -> Iterator[None]:
+    """Without the autocast that Accelerate puts around an instance's `forward`, also on a CPU."""
+    around = vars(encoder).pop("forward", None)
+    try:
+        yield
+    finally:
+        if around is not None:
+            encoder.forward = around
 
 
 def _literal_inputs(encoder: Any) -> list[Inputs]:

@@ -26,11 +26,11 @@ from vembed.modes import Item, RetrievalMode
 from vembed.training.data_utils import ROLES
 from vembed.training.first_step import FirstStepReport, FirstStepWatch, advise
 from vembed.training.model_builder import apply_lora, build_model
+from vembed.training.output_dir import check_output_dir
 from vembed.training.run import (
     build_accelerator,
     build_trainer,
     check_mode,
-    check_output_dir,
     describe_run,
     raise_problems,
     require_taught,

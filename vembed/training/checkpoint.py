@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,11 @@ from vembed.training.adapter_files import save_adapters
 from vembed.training.adapter_gate import Probe, check_saved
 from vembed.training.adapters import adapters_of
 from vembed.training.loss_files import ADAPTER_FOLDER, save_losses
+from vembed.training.manifest import replaced_folder
 
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "vembed_config.json"
-STEP_FOLDER = "step-{step:06d}"
 
 
 def save_checkpoint(
@@ -38,12 +36,14 @@ def save_checkpoint(
     resumable: bool = False,
     probe: Probe | None = None,
     check_merge: bool = True,
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
     """Save the model, its tokenizer and the settings of the run in one folder.
 
     Adapters are merged into what is saved, which is then compared with the model, and also kept by
-    themselves. The folder is written under a temporary name and then renamed, so `path` is always
-    whole. Collective: every process must call it; the main process writes.
+    themselves. The folder is written under a temporary name, with a manifest of its files, and then
+    takes its place, so `path` is always whole. Collective: every process must call it; the main
+    process writes.
 
     Args:
         path: Folder to write; an earlier one is replaced.
@@ -58,6 +58,7 @@ def save_checkpoint(
         resumable: Keep it without adapters, too.
         probe: What to compare on; None for a list of texts.
         check_merge: Whether to compare; see `adapter_gate` for what it costs.
+        facts: Noted in the manifest, such as the step.
 
     Raises:
         CheckpointError: if the merged model is not the one with adapters. Whatever is raised, is
@@ -67,39 +68,51 @@ def save_checkpoint(
     failure: Exception | None = None
     if accelerator.is_main_process:
         try:
-            with _replacing(Path(path)) as folder:
-                encoder = accelerator.unwrap_model(model)
-                _fill(folder, encoder, processor, config)
-                settings = TrainConfig.coerce(config or {})
-                if check_merge:
-                    check_saved(encoder, folder, probe, settings, name=str(path))
-                if settings.save_adapter and adapters_of(encoder):
-                    save_adapters(folder / ADAPTER_FOLDER, encoder, later=settings.unfreeze_at_step)
-                    save_losses(folder / ADAPTER_FOLDER, losses or {})
-                elif resumable:
-                    save_losses(folder, losses or {})
+            with replaced_folder(Path(path), facts) as folder:
+                write_model(
+                    folder, accelerator.unwrap_model(model), processor, config, losses=losses,
+                    resumable=resumable, probe=probe, check_merge=check_merge, name=str(path),
+                )  # fmt: skip
         except Exception as error:
             failure = error
     if any_process(failure is not None, accelerator.device):
         raise failure or CheckpointError(f"{path}: the main process could not save the model")
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of `path` if nothing goes wrong."""
-    fresh, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-    if path.exists():
-        path.rename(old)
-    fresh.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
+def write_model(
+    folder: Path,
+    encoder: nn.Module,
+    processor: Any = None,
+    config: TrainConfig | Mapping[str, Any] | None = None,
+    *,
+    losses: Mapping[str, Tensor] | None = None,
+    resumable: bool = False,
+    probe: Probe | None = None,
+    check_merge: bool = True,
+    name: str,
+) -> None:
+    """Fill a folder with a model; see `save_checkpoint`.
+
+    Args:
+        folder: Empty.
+        encoder: As it is, unwrapped.
+        processor: See there, as for all that follow.
+        config: Likewise.
+        losses: Likewise.
+        resumable: Likewise.
+        probe: Likewise.
+        check_merge: Likewise.
+        name: What the folder is called in errors.
+    """
+    _fill(folder, encoder, processor, config)
+    settings = TrainConfig.coerce(config or {})
+    if check_merge:
+        check_saved(encoder, folder, probe, settings, name=name)
+    if settings.save_adapter and adapters_of(encoder):
+        save_adapters(folder / ADAPTER_FOLDER, encoder, later=settings.unfreeze_at_step)
+        save_losses(folder / ADAPTER_FOLDER, losses or {})
+    elif resumable:
+        save_losses(folder, losses or {})
 
 
 def _fill(
@@ -127,12 +140,3 @@ def read_run_settings(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: must be JSON. Received: {error}") from None
     return settings if isinstance(settings, dict) else {}
-
-
-def remove_old_checkpoints(folder: Path, keep: int | None) -> None:
-    """Remove all but the `keep` newest step folders under `folder`; None keeps all."""
-    if keep is None or not folder.exists():
-        return
-    steps = sorted(p for p in folder.glob("step-*") if p.is_dir())
-    for path in steps[: max(0, len(steps) - keep)]:
-        shutil.rmtree(path)

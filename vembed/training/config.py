@@ -8,6 +8,7 @@ although PyYAML takes it for text, `revision: 1e5` is text although PyYAML takes
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from vembed.config import (
     problem_list,
 )
 from vembed.errors import ConfigError, did_you_mean
+from vembed.training.manifest import write_text_safely
 from vembed.training.yaml_settings import read_yaml_settings, read_yaml_value
 
 
@@ -68,7 +70,8 @@ def load_and_parse_config(
     Raises:
         ConfigError: listing every problem with its place.
     """
-    arguments, unknown = _build_parser(prog, about).parse_known_args(argv)
+    words = [*map(_with_underscores, sys.argv[1:] if argv is None else argv)]
+    arguments, unknown = _build_parser(prog, about).parse_known_args(words)
     file_settings, problems = _file_settings(arguments.config or [])
     if problems:
         # A file that could not be read may have held them.
@@ -97,7 +100,7 @@ def save_config(config: TrainConfig, path: str | Path) -> None:
     Secrets are hidden: a run that needs them must be given them again.
     """
     text = "# Every setting of a run. What is not a default says where it came from.\n\n"
-    Path(path).write_text(text + render_config(config, config.origins), encoding="utf-8")
+    write_text_safely(Path(path), text + render_config(config, config.origins))
 
 
 def render_config(config: TrainConfig, notes: Mapping[str, str]) -> str:
@@ -161,6 +164,14 @@ def _build_parser(prog: str | None, about: str) -> argparse.ArgumentParser:
     one("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     _add_settings(parser)
     return parser
+
+
+def _with_underscores(word: str) -> str:
+    """`--max-restarts` as `--max_restarts`; every other word as it is."""
+    flag, equals, value = word.partition("=")
+    key = flag.removeprefix("--").replace("-", "_")
+    is_ours = flag.startswith("--") and (key in TrainConfig.model_fields or key in ALIASES)
+    return f"--{key}{equals}{value}" if is_ours else word
 
 
 def _add_settings(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -105,6 +105,23 @@ class GradientCache:
         self._backs_off = chunk_size == "auto"
         self._budget: int | None = None
         self._bytes_per_token: dict[str, float] = {}
+
+    def measured(self) -> dict[str, Any]:
+        """What `auto` has found out on this process, as JSON can hold it.
+
+        It decides how batches are cut, and so which dropout masks are drawn.
+        """
+        return {
+            "chunk_tokens": self.chunk_tokens,
+            "budget": self._budget,
+            "bytes_per_token": self._bytes_per_token,
+        }
+
+    def take_measured(self, found: Mapping[str, Any]) -> None:
+        """Cut batches as the cache did whose `measured` this is."""
+        if self._measures:
+            self.chunk_tokens, self._budget = found["chunk_tokens"], found["budget"]
+            self._bytes_per_token = dict(found["bytes_per_token"])
 
     def backward(
         self,

@@ -15,7 +15,8 @@ import psutil
 import yaml
 
 from vembed.config import TrainConfig
-from vembed.errors import DistributedError
+from vembed.errors import ConfigError, DistributedError
+from vembed.training.local_launch import is_supervised
 
 _LAUNCHER_STRATEGIES = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -47,6 +48,21 @@ def check_process_count(config: TrainConfig | Mapping[str, Any], running: int) -
     asked, source = _asked_of_launcher(_parent_command())
     if asked is not None and running < asked:
         raise DistributedError(_complaint(asked, source, running))
+
+
+def check_supervised(config: TrainConfig | Mapping[str, Any]) -> None:
+    """Raise ConfigError if a run shall be started again, but nobody is there to do it.
+
+    Args:
+        config: Reads `max_restarts`.
+    """
+    config = TrainConfig.coerce(config)
+    if config.max_restarts and not is_supervised():
+        raise ConfigError(
+            f"max_restarts: {config.max_restarts}: only `vembed train` starts a run again. Start "
+            "with it, or set max_restarts: 0 and let what started this process do it, with resume: "
+            "auto"
+        )
 
 
 def check_strategy() -> None:

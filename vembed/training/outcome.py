@@ -45,6 +45,7 @@ class RunResult:
         train_seconds: Time of the training loop, validation and saving included.
         proof: The test set before and after; None when the run had no test set.
         report_path: The HTML report; None without a proof, and on all but the main process.
+        failed_saves: What the disk did not take, checkpoints on the way among it.
     """
 
     model_path: Path
@@ -52,6 +53,7 @@ class RunResult:
     train_seconds: float
     proof: Proof | None = None
     report_path: Path | None = None
+    failed_saves: tuple[str, ...] = ()
 
 
 def prove(before: EvalResult | None, after: EvalResult | None) -> Proof | None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch.utils.data import DataLoader
 
 from vembed.config import TrainConfig, check
@@ -36,11 +36,10 @@ from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder
 from vembed.modes import RetrievalMode, all_modes
 from vembed.registry import accepted_arguments, resolve
-from vembed.training.config import save_config
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
 from vembed.training.guide import Collate, Guide, build_guide
-from vembed.training.launch_check import check_process_count, check_strategy
+from vembed.training.launch_check import check_process_count, check_strategy, check_supervised
 from vembed.training.learned_scale import resolve_temperature
 from vembed.training.loss_files import load_losses
 from vembed.training.model_builder import apply_lora, build_model
@@ -51,7 +50,10 @@ from vembed.training.optimizer_builder import (
     resolve_tracker,
 )
 from vembed.training.outcome import RunResult, prove, report, show
+from vembed.training.output_dir import check_output_dir, claim_output_dir
 from vembed.training.parts import describe_trainable
+from vembed.training.resume import check_same_run, find_start
+from vembed.training.rotation import BEST, FINAL
 from vembed.training.run_data import (
     RunData,
     build_train_loader,
@@ -66,7 +68,7 @@ from vembed.training.teaching.build import (
 from vembed.training.teaching.cache import TeacherCache
 from vembed.training.trackers import start_trackers, stop_trackers
 from vembed.training.trainer import Trainer
-from vembed.training.training_loop import BEST, FINAL, StepPlan
+from vembed.training.training_loop import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -82,20 +84,16 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     """
     config = TrainConfig.coerce(config)
     raise_problems(config)
+    check_supervised(config)
     accelerator = build_accelerator(config)
     configure_logging(main_process=accelerator.is_main_process)
-    check_output_dir(config)
-    set_seed(config.seed)
-    encoder = build_model(config).to(accelerator.device)
-    check_mode(encoder, config)
-    data = _load_in_turn(config, accelerator)
-    apply_lora(encoder, config, accelerator)
-    trainer = build_trainer(config, accelerator, encoder, data)
-    _claim_output_dir(config, accelerator)
+    run = set_up(config, accelerator)
+    trainer, encoder, data = run.trainer, run.encoder, run.data
+    claim_output_dir(config, accelerator, run.start)
     _tell_bad_records(data, config, accelerator)
     _announce(trainer, encoder, data)
     before = _measure(data.test_task, encoder, accelerator, config)
-    seconds = _train(trainer)
+    seconds = train(trainer, run.start)
     model_path = chosen_model(Path(config.output_dir))
     after = None
     if before is not None:
@@ -106,12 +104,58 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
             trust_remote_code=config.trust_remote_code,
         ).to(accelerator.device)
         after = _measure(data.test_task, trained, accelerator, config)
-    result = RunResult(model_path, trainer.state, seconds, prove(before, after))
+    result = RunResult(
+        model_path,
+        trainer.state,
+        seconds,
+        prove(before, after),
+        failed_saves=tuple(trainer.saves.failed),
+    )
     if accelerator.is_main_process:
         result = report(result, config, describe_run(trainer, encoder, data))
         show(result)
     accelerator.wait_for_everyone()
     return result
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that has not begun.
+
+    Attributes:
+        trainer: Not prepared yet.
+        encoder: What it trains.
+        data: Rows and tasks.
+        start: The checkpoint that it goes on from; None for the beginning.
+    """
+
+    trainer: Trainer
+    encoder: Encoder
+    data: RunData
+    start: Path | None
+
+
+def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
+    """Build every part of a run, and find where it starts; `output_dir` is not written to yet.
+
+    Collective: every process must call it with the same config.
+
+    Raises:
+        ConfigError: if settings cannot work, together or with the model or the data.
+        CheckpointError: if the checkpoint to go on from cannot be used.
+        DataError: if a row cannot be used.
+    """
+    check_output_dir(config)
+    start = find_start(config, accelerator)
+    set_seed(config.seed)
+    encoder = build_model(config).to(accelerator.device)
+    check_mode(encoder, config)
+    data = _load_in_turn(config, accelerator)
+    apply_lora(encoder, config, accelerator)
+    trainer = build_trainer(config, accelerator, encoder, data)
+    if start is not None:
+        check_same_run(start, trainer, StepPlan.of(trainer).identify(trainer))
+    return Run(trainer, encoder, data, start)
 
 
 def _load_in_turn(config: TrainConfig, accelerator: Accelerator) -> RunData:
@@ -157,12 +201,14 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=config.ddp_find_unused_parameters, broadcast_buffers=False
     )
+    # The watchdog knows more of a step that hangs, and speaks first.
+    timeout = timedelta(seconds=config.process_timeout_s + 5)
     accelerator = Accelerator(
         cpu=on_cpu,
         mixed_precision=config.mixed_precision,
         log_with=_trackers(config).log_with or None,
         project_dir=config.output_dir,
-        kwargs_handlers=[ddp],
+        kwargs_handlers=[ddp, InitProcessGroupKwargs(timeout=timeout)],
     )
     check_process_count(config, accelerator.num_processes)
     return accelerator
@@ -189,18 +235,6 @@ def require_taught(config: TrainConfig, data: RunData) -> None:
     """Raise ConfigError if `teacher_cache` lacks an item of the training rows."""
     if config.teacher_cache is not None:
         TeacherCache.open(config).require(data.train)
-
-
-def check_output_dir(config: TrainConfig) -> None:
-    """Raise ConfigError if `output_dir` holds an earlier run and may not be replaced."""
-    folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"output_dir: {folder} is a file; name a folder")
-    if (folder / "config.yaml").exists() and not config.overwrite_output_dir:
-        raise ConfigError(
-            f"output_dir: {folder} holds an earlier run. Name another folder, or set "
-            "overwrite_output_dir: true to replace it"
-        )
 
 
 def build_trainer(
@@ -432,18 +466,6 @@ def _build_validation_loader(
     return None if missing else loader
 
 
-def _claim_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Empty the run's own places in `output_dir` and leave the resolved settings there."""
-    if accelerator.is_main_process:
-        folder = Path(config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        for earlier in (FINAL, BEST, "checkpoints", "report"):
-            shutil.rmtree(folder / earlier, ignore_errors=True)
-        (folder / QUARANTINE_FILE).unlink(missing_ok=True)
-        save_config(config, folder / "config.yaml")
-    accelerator.wait_for_everyone()
-
-
 def _tell_bad_records(data: RunData, config: TrainConfig, accelerator: Accelerator) -> None:
     """Write down what was left out; from then on, streams add to it."""
     if data.quarantine is None or not accelerator.is_main_process:
@@ -474,8 +496,8 @@ def _measure(
     return task.evaluate(sharded_encode(encoder, accelerator, config.chunk_tokens))
 
 
-def _train(trainer: Trainer) -> float:
-    """Train with the trackers running; returns the seconds it took."""
+def train(trainer: Trainer, start: Path | None) -> float:
+    """Train with the trackers running, from a checkpoint or the beginning; returns the seconds."""
     config, accelerator = trainer.config, trainer.accelerator
     start_trackers(
         accelerator,
@@ -487,7 +509,7 @@ def _train(trainer: Trainer) -> float:
     set_seed(config.seed, device_specific=True)
     started = time.perf_counter()
     try:
-        trainer.train()
+        trainer.train(resume_from=start)
     finally:
         stop_trackers(accelerator)
     return time.perf_counter() - started

@@ -103,7 +103,7 @@ class ShardedEncoder:
         shares = dict(self.encoder.named_parameters())
         for name, grad in zip(names, reduce_shares(grads), strict=True):
             share = shares[name]
-            share.grad = _like(share, grad)
+            share.grad = share_like(share, grad)
 
     def plain_copy(self) -> nn.Module | None:
         """The encoder with all of its weights, on the CPU of the main process; None on the others.
@@ -180,7 +180,17 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What this process holds of each tensor: the same memory, as a plain tensor."""
-    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return [own_part(tensor) for tensor in tensors]
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: the same memory, as a plain tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def share_like(share: Tensor, own: Tensor) -> Tensor:
+    """This process's part as a share of a whole, where `share` is one; else the part itself."""
+    return _like(share, own) if isinstance(share, DTensor) else own
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
@@ -212,11 +222,9 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _like(share: nn.Parameter, grad: Tensor) -> Tensor:
-    if not isinstance(share, DTensor):
-        raise TypeError(f"expected a share. Received: {type(share).__name__}")
+def _like(share: DTensor, own: Tensor) -> Tensor:
     made: Tensor = DTensor.from_local(
-        grad, share.device_mesh, share.placements, run_check=False,
+        own, share.device_mesh, share.placements, run_check=False,
         shape=share.shape, stride=share.stride(),
     )  # fmt: skip
     return made

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from vembed.training.learned_scale import keep_in_model
 from vembed.training.model_builder import enable_static_graph
 from vembed.training.objective import Embeddings, Objective, StepLoss
 from vembed.training.optimizer_builder import trainable_parameters
+from vembed.training.saves import Saves
 from vembed.training.sharding import ShardedEncoder, adopt_shares, clip_gradients, own_parts
 from vembed.training.training_loop import TrainState, run_training_loop
 
@@ -149,6 +151,7 @@ class Trainer:
         self._unfreezing = Unfreezing(model, criterion, self.config.unfreeze_at_step)
         self._adapter_watch = AdapterWatch(model)
         self._sharded: ShardedEncoder | None = None
+        self.saves = Saves(self)
 
     def prepare(self) -> None:
         """Place every part on its device and process; `train` does it, and a second call is free.
@@ -172,16 +175,21 @@ class Trainer:
         enable_static_graph(self.model, self.config, accelerator)
         self.unfreeze(self.state.step)
 
-    def train(self) -> TrainState:
+    def train(self, *, resume_from: str | Path | None = None) -> TrainState:
         """Train to the end of the last epoch, or for `max_steps`.
 
         Collective: every process must call it.
+
+        Args:
+            resume_from: A checkpoint (`checkpoints/step-...`) of a run with the same parts, to go
+                on from as if it had never ended.
 
         Returns:
             Where the run stands at its end; also in `self.state`.
         """
         self.prepare()
-        self.state = run_training_loop(self)
+        start = None if resume_from is None else Path(resume_from)
+        self.state = run_training_loop(self, start)
         return self.state
 
     def step(self, batch: Batch) -> StepOutput:
@@ -273,6 +281,11 @@ class Trainer:
             self.accelerator.unwrap_model(self.model), self.criterion, self.distillation_loss_fn
         )
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether each process holds a share of the weights only."""
+        return self._sharded is not None
+
     def whole_weights(self) -> AbstractContextManager[None]:
         """Inside, the encoder can run on some processes only, or not equally often on all of them.
 
@@ -335,9 +348,18 @@ class Trainer:
             lengths=lengths,
             keys=row_keys(batch),
             objective=objective,
-            backward=self.accelerator.backward,
+            backward=self._backward,
         )
         return StepOutput(loss.total, loss.parts, loss.weights)
+
+    def _backward(self, loss: Tensor) -> None:
+        """Differentiate the loss; one that is not finite gives gradients that are not.
+
+        Not every function does that by itself (a term may be constant). So the reduced gradient,
+        which is the same on every process, tells each of them of a loss that is not finite
+        anywhere, and no process has to ask. A finite loss is multiplied by one.
+        """
+        self.accelerator.backward(loss * (1 + 0 * loss.detach()))
 
     def extras_of(self, batch: Batch) -> dict[str, Any]:
         """What the objective is told of a batch beside embeddings, a guide's judgement among it.

@@ -1,5 +1,8 @@
 import pickle
+import subprocess
+import sys
 
+import psutil
 import pytest
 import torch
 
@@ -91,6 +94,23 @@ def test_epochs_follow_each_other_with_workers_that_stay(path, streaming):
         loader.set_epoch(epoch)
         seen.append([batch["row_index"] for batch in loader])
     assert seen == [batches(path, streaming=streaming, epoch=epoch) for epoch in range(2)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="who sent a signal is known on Linux only")
+def test_workers_go_on_after_a_signal_to_the_whole_job(path):
+    """The training process finishes its step, for which it needs rows; it alone ends them."""
+    dataset = load_dataset_records(path)
+    loader = build_dataloader(dataset, rows_of, batch_size=2, seed=1, num_workers=1)
+    it = iter(loader)
+    next(it)
+    (worker,) = psutil.Process().children()
+    for name in ("INT", "TERM", "USR1"):
+        # Sent by another process, as a terminal or a cluster does.
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    assert len([*it]) == 11
+    assert worker.is_running()
+    worker.terminate()
+    assert worker.wait(20) == 0
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -115,6 +115,8 @@ OTHER = {
     "warmup_ratio": ("0.5", 0.5),
     "warmup_steps": ("3", 3),
     "max_grad_norm": ("0", 0.0),
+    "on_nonfinite": ("skip", "skip"),
+    "max_nonfinite_steps": ("3", 3),
     "seed": ("010", 10),
     "mixed_precision": ("bf16", "bf16"),
     "chunk_tokens": ("100", 100),
@@ -127,6 +129,9 @@ OTHER = {
     "gradient_cache_keep": ("auto", "auto"),
     "device": ("cpu", "cpu"),
     "num_processes": ("2", 2),
+    "process_timeout_s": ("60", 60.0),
+    "grace_period_s": ("1e2", 100.0),
+    "max_restarts": ("3", 3),
     "ddp_find_unused_parameters": ("true", True),
     "ddp_static_graph": ("true", True),
     "distributed_strategy": ("fsdp2", "fsdp2"),
@@ -136,6 +141,9 @@ OTHER = {
     "eval_steps": ("5", 5),
     "save_steps": ("5", 5),
     "save_total_limit": ("null", None),
+    "save_top_k": ("1", 1),
+    "resume": ("auto", "auto"),
+    "allow_inexact_resume": ("true", True),
     "save_adapter": ("false", False),
     "metric_for_best": ("loss", "loss"),
     "report_to": ("wandb,swanlab", ["wandb", "swanlab"]),
@@ -180,6 +188,7 @@ NEEDS = {
     "max_image_pixels": {"retrieval_mode": "i2i"},
     "image_check": {"retrieval_mode": "m2t"},
     "max_bad_records": {"on_bad_record": "quarantine"},
+    "max_nonfinite_steps": {"on_nonfinite": "skip"},
     "streaming": {"max_steps": "3", "holdout_ratio": "0"},
     "teacher_revision": {"teacher_model_name": "t"},
     "teacher_dtype": {"teacher_model_name": "t"},
@@ -191,6 +200,8 @@ NEEDS = {
     "mrl_layers": {"use_mrl": "true"},
     "eval_steps": {"val_data_path": "v"},
     "metric_for_best": {"val_data_path": "v"},
+    "save_top_k": {"val_data_path": "v", "save_steps": "5"},
+    "allow_inexact_resume": {"resume": "auto"},
 }
 
 
@@ -314,6 +325,11 @@ class TestFlags:
     def test_a_bare_flag_is_true(self):
         assert load("--gradient_checkpointing", "--lr", "1").gradient_checkpointing
         assert not load("--gradient_checkpointing", "false").gradient_checkpointing
+
+    def test_with_hyphens(self):
+        config = load("--max-restarts", "3", "--model-name=a-b")
+        assert (config.max_restarts, config.model_name) == (3, "a-b")
+        assert config.origins["max_restarts"] == "--max_restarts"
 
     def test_with_an_equals_sign(self):
         assert load("--lr=0.5", "--query_prompt=-x").query_prompt == "-x"
@@ -462,6 +478,7 @@ class TestSaving:
             "test_data_path": None,
             "ddp_static_graph": False,
             "streaming": False,
+            "overwrite_output_dir": False,
             "text_model_name": None,
             "image_model_name": None,
             "lora_quantization": None,

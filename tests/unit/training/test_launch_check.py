@@ -2,10 +2,15 @@
 
 import pytest
 
-from vembed.errors import DistributedError
+from vembed.errors import ConfigError, DistributedError
 from vembed.training import launch_check
 from vembed.training.config import load_and_parse_config
-from vembed.training.launch_check import check_process_count, check_strategy, started_processes
+from vembed.training.launch_check import (
+    check_process_count,
+    check_strategy,
+    check_supervised,
+    started_processes,
+)
 
 SCRIPT = ["vembed/entrypoints/train.py", "--config", "train.yaml"]
 
@@ -115,3 +120,11 @@ def test_started_processes(monkeypatch):
     assert started_processes() == 1
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert started_processes() == 3
+
+
+def test_restarts_need_somebody_who_starts_again(monkeypatch):
+    check_supervised({})
+    with pytest.raises(ConfigError, match="max_restarts: 2: only `vembed train` starts"):
+        check_supervised({"max_restarts": 2})
+    monkeypatch.setenv("VEMBED_LAUNCHER_PID", "1")
+    check_supervised({"max_restarts": 2})

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from vembed.errors import ConfigError, VembedError
+from vembed.errors import ConfigError
 from vembed.training.evaluator import Evaluator
 from vembed.training.optimizer_builder import build_optimizer, build_scheduler
 from vembed.training.trainer import Trainer
@@ -53,7 +53,9 @@ def make_batches(count: int = 4, rows: int = 3) -> list[dict]:
     ]
 
 
-def make_trainer(tmp_path, *, batches=None, trainer_class=Trainer, criterion=None, **settings):
+def make_trainer(
+    tmp_path, *, batches=None, trainer_class=Trainer, criterion=None, model=None, **settings
+):
     config = {
         "output_dir": str(tmp_path),
         "epochs": 1,
@@ -64,7 +66,7 @@ def make_trainer(tmp_path, *, batches=None, trainer_class=Trainer, criterion=Non
         "progress": False,
         **settings,
     }
-    model, criterion = Bag(), criterion or Criterion()
+    model, criterion = model or Bag(), criterion or Criterion()
     return trainer_class(
         model,
         build_optimizer(model, config, criterion),
@@ -191,16 +193,6 @@ def test_the_validation_loss_counts_every_query_once(tmp_path):
     rows = torch.cat([trainer.model(batch["query_input_ids"]) for batch in batches])
     assert evaluator.evaluate(batches) == pytest.approx(float(rows.square().sum(1).mean()))
     assert trainer.model.training
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path):
-    def explode(query, positive):
-        return (query * float("nan")).sum()
-
-    trainer = make_trainer(tmp_path, criterion=nn.Module())
-    trainer.objective.criterion = explode
-    with pytest.raises(VembedError, match="step 1: not finite"):
-        trainer.train()
 
 
 def test_parts_that_do_not_fit_are_refused(tmp_path):
