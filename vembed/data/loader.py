@@ -107,46 +107,28 @@ def build_dataloader(
         ConfigError: if there would not be a single batch, a number is out of range, or the rows do
             not fit the batch sampler.
     """
-    rows: Dataset[Any]
+    check_shares(batch_size, process_index, process_count)
+    shares = _Shares(batch_size, process_index, process_count, drop_last)
     lender: Record | int | None = None
     collate: Callable[[list[Any]], Batch] = collator
+    rows: Dataset[Any] = dataset
     if isinstance(dataset, StreamingRecordDataset):
-        check_shares(batch_size, process_index, process_count)
-        if batch_sampler != "random":
-            raise ConfigError(
-                f"batch_sampler: {batch_sampler} must know all rows, but those of a stream come "
-                "one after another. Set streaming: false, or batch_sampler: random"
-            )
+        _require_no_plan(batch_sampler)
         buffer_size = shuffle_buffer_size if shuffle else None
-        shares = _Shares(batch_size, process_index, process_count, drop_last)
         rows = _BatchStream(dataset, shares, seed, buffer_size)
         order: dict[str, Any] = {"batch_size": None}
     else:
-        rows = dataset
         if tokens is not None:
             rows, collate = _RowNumbers(len(dataset)), tokens
         if process_count > 1 and len(dataset):
             lender = rows[0]
-        check_shares(batch_size, process_index, process_count)
         plan = None
         if shuffle and (batch_sampler != "random" or batch_sampler_kwargs):
-            plan = build_batch_plan(
-                batch_sampler,
-                dataset,
-                batch_size * process_count,
-                seed=seed,
-                drop_last=drop_last,
-                **(batch_sampler_kwargs or {}),
-            )
+            of_all = batch_size * process_count
+            of_plan = {"seed": seed, "drop_last": drop_last, **(batch_sampler_kwargs or {})}
+            plan = build_batch_plan(batch_sampler, dataset, of_all, **of_plan)
         sampler = StatelessBatchSampler(
-            len(dataset),
-            batch_size,
-            seed=seed,
-            process_index=process_index,
-            process_count=process_count,
-            drop_last=drop_last,
-            shuffle=shuffle,
-            plan=plan,
+            len(dataset), **vars(shares), seed=seed, shuffle=shuffle, plan=plan
         )
         # A stream's epoch is set on the object that workers copy, so its workers start anew.
         order = {"batch_sampler": sampler, "persistent_workers": num_workers > 0}
@@ -165,6 +147,14 @@ def build_dataloader(
     loader.collator = collator
     loader.seed = seed
     return loader
+
+
+def _require_no_plan(batch_sampler: str) -> None:
+    if batch_sampler != "random":
+        raise ConfigError(
+            f"batch_sampler: {batch_sampler} must know all rows, but those of a stream come "
+            "one after another. Set streaming: false, or batch_sampler: random"
+        )
 
 
 @dataclass(frozen=True)
