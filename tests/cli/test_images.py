@@ -156,7 +156,11 @@ def test_encode(folder, capsys, modality, ending):
 @pytest.mark.parametrize(
     ("row", "options", "expected"),
     [
-        ({"image": "gone.png"}, ("--modality", "i"), "rows.jsonl:2: there is no such image file"),
+        (
+            {"image": "gone.png"},
+            ("--modality", "i"),
+            "rows.jsonl:2: image: there is no such image file",
+        ),
         ({"image": "/etc/passwd"}, ("--modality", "i"), "rows.jsonl:2: image: an image must lie"),
         ({"image": "red.png"}, ("--modality", "m"), "rows.jsonl:2: no column 'text'"),
         ({"image": "red.png", "text": " "}, ("--modality", "m"), "rows.jsonl:2: text: must not be"),
@@ -323,7 +327,7 @@ def test_encode_names_the_images_that_are_not_there(folder, capsys, gone, counte
     status, _, err = run(capsys, "encode", "--model", folder, *arguments)
     assert status == 2
     for number in range(min(gone, 8)):
-        where = f"rows.jsonl:{number + 1}: there is no such image file."
+        where = f"rows.jsonl:{number + 1}: image: there is no such image file."
         assert f"{where} Received: '{number}.png'" in err
     assert err.count("there is no such image file") == min(gone, 8)
     assert counted in err
