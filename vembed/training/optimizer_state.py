@@ -20,7 +20,7 @@ from vembed.training.sharding import own_part, share_like
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """A copy of what an optimizer remembers.
+    """What an optimizer remembers.
 
     Attributes:
         tensors: By `number of the parameter.name`; of those that are shared out, this process's.
@@ -32,7 +32,7 @@ class OptimizerState:
 
 
 def optimizer_state(optimizer: Optimizer) -> OptimizerState:
-    """What the optimizer remembers now, its tensors on the CPU.
+    """What the optimizer remembers now, its tensors on the CPU, and not copied if they are there.
 
     Raises:
         CheckpointError: if it remembers what is neither a tensor nor a plain value.
@@ -47,7 +47,7 @@ def optimizer_state(optimizer: Optimizer) -> OptimizerState:
             key = f"{number}.{name}"
             if isinstance(value, Tensor):
                 own = own_part(value)
-                tensors[key] = own.detach().to("cpu", copy=True).contiguous()
+                tensors[key] = own.detach().cpu().contiguous()
                 if value.is_cpu:
                     on_cpu.append(key)
                 if own is not value:

@@ -292,11 +292,13 @@ def _load_weights(file: Path, stored: Mapping[str, Tensor], own: Mapping[str, Te
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    # Clones, because parameters may be views of one piece of memory, which would be refused.
-    whole = {
-        name: own_part(tensor).detach().to("cpu", copy=True).contiguous()
-        for name, tensor in tensors.items()
-    }
+    whole, seen = {}, set()
+    for name, tensor in tensors.items():
+        own = own_part(tensor).detach().cpu().contiguous()
+        memory = own.untyped_storage().data_ptr()
+        # Views of one piece of memory, which a parameter may be, would be refused.
+        whole[name] = own.clone() if memory in seen else own
+        seen.add(memory)
     save_file(whole, file)
 
 
