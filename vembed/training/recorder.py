@@ -23,14 +23,13 @@ from vembed.errors import VembedError
 from vembed.training.console import STDERR
 from vembed.training.evaluator import Validation
 from vembed.training.manifest import write_text_safely
+from vembed.training.rotation import METRICS
 from vembed.training.trackers import log_to_trackers
 
 if TYPE_CHECKING:
     from vembed.training.trainer import StepOutput
 
 logger = logging.getLogger(__name__)
-
-METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,7 @@ class Recorder:
         """
         self.accelerator = accelerator
         self.history = history
-        self._path = Path(config.output_dir) / METRICS_NAME
+        self._path = Path(config.output_dir) / METRICS
         shown = config.progress and accelerator.is_main_process and STDERR.is_terminal
         self._bar = _progress_bar(shown)
         self._task = self._bar.add_task("training", total=total_steps, numbers="")
