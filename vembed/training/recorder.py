@@ -24,6 +24,7 @@ from vembed.training.console import STDERR
 from vembed.training.disk import disk_problem
 from vembed.training.evaluator import Validation
 from vembed.training.manifest import write_text_safely
+from vembed.training.rotation import METRICS
 from vembed.training.step_guard import Verdict
 from vembed.training.trackers import log_to_trackers
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from vembed.training.training_loop import StepResult
 
 logger = logging.getLogger(__name__)
-
-METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class Recorder:
         """
         self.accelerator = accelerator
         self.history = history
-        self.path = Path(config.output_dir) / METRICS_NAME
+        self.path = Path(config.output_dir) / METRICS
         shown = config.progress and accelerator.is_main_process and STDERR.is_terminal
         self.lost_lines = False
         self._bar = _progress_bar(shown)

@@ -124,9 +124,7 @@ def test_started_processes(monkeypatch):
 
 def test_restarts_need_somebody_who_starts_again(monkeypatch):
     check_supervised({})
-    with pytest.raises(
-        ConfigError, match="max_restarts: 2: only `vembed train` starts"
-    ):
+    with pytest.raises(ConfigError, match="max_restarts: 2: only `vembed train` starts"):
         check_supervised({"max_restarts": 2})
     monkeypatch.setenv("VEMBED_LAUNCHER_PID", "1")
     check_supervised({"max_restarts": 2})
