@@ -83,7 +83,7 @@ def deaths(folder: Path, *, processes: int, count: int) -> None:
 
 def launched(folder: Path, *, processes: int, count: int) -> None:
     """`vembed train --max-restarts`, a process of which is killed many times."""
-    settings = settings_of(folder, 4000)
+    settings = settings_of(folder, 200 * count)
     folder = folder / f"launched-{processes}"
 
     def start(name: str) -> subprocess.Popen[bytes]:

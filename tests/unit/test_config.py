@@ -244,6 +244,13 @@ CONFLICTS = [
     ({"streaming": True, "holdout_ratio": 0}, "streaming: a stream has no known length"),
     ({"streaming": True, "max_steps": 5}, "streaming: nothing can be held out of a stream"),
     ({"eval_steps": 5}, "eval_steps: has no use without validation"),
+    ({"save_top_k": 1, "save_steps": 5}, "save_top_k: has no use without checkpoints"),
+    ({"save_top_k": 1, "val_data_path": "x"}, "save_top_k: has no use without checkpoints"),
+    ({"allow_inexact_resume": True}, "allow_inexact_resume: has no use: resume is never"),
+    (
+        {"resume": "auto", "overwrite_output_dir": True},
+        "overwrite_output_dir: replaces an earlier run, but resume: auto goes on with one",
+    ),
     ({"metric_for_best": "loss"}, "metric_for_best: has no use without validation"),
     ({"max_steps": 5, "warmup_steps": 6}, "warmup_steps: the learning rate would never be reach"),
     ({"mixed_precision": "fp16", "device": "cpu"}, "mixed_precision: fp16 needs an accelerator"),

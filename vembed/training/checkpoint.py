@@ -91,17 +91,18 @@ def write_model(
     check_merge: bool = True,
     name: str,
 ) -> None:
-    """Fill a folder with a model; see `save_checkpoint`.
+    """Fill a folder with a model, on one process.
 
     Args:
         folder: Empty.
         encoder: As it is, unwrapped.
-        processor: See there, as for all that follow.
-        config: Likewise.
-        losses: Likewise.
-        resumable: Likewise.
-        probe: Likewise.
-        check_merge: Likewise.
+        processor: As for `save_checkpoint`; so are `config`, `losses`, `resumable`, `probe` and
+            `check_merge`.
+        config: See there.
+        losses: See there.
+        resumable: See there.
+        probe: See there.
+        check_merge: See there.
         name: What the folder is called in errors.
     """
     _fill(folder, encoder, processor, config)

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -128,21 +129,24 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(gone)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what an interrupted process has left half done right under `folder`."""
-    if not folder.is_dir():
-        return
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(_OLD):
-            whole = path.with_name(path.name.removeprefix(_OLD))
-            if not whole.exists():
-                path.rename(whole)
-                continue
-        if path.name.startswith((_NEW, _OLD, _GONE)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+def remove_leftovers(folder: Path, names: re.Pattern[str]) -> None:
+    """Remove what an interrupted process has left half done right under `folder`.
+
+    Args:
+        folder: May be missing.
+        names: Of the folders and files that are written there: the user's own are left alone.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        prefix = next((p for p in (_NEW, _OLD, _GONE) if path.name.startswith(p)), None)
+        if prefix is None or not names.fullmatch(path.name.removeprefix(prefix)):
+            continue
+        whole = path.with_name(path.name.removeprefix(prefix))
+        if prefix == _OLD and not whole.exists():
+            path.rename(whole)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_text_safely(path: Path, text: str) -> None:

@@ -17,13 +17,18 @@ from vembed.training.config import save_config
 from vembed.training.manifest import find_damage, read_manifest, remove_folder, replaced_folder
 from vembed.training.resume import AUTO, NEVER, changed_settings
 from vembed.training.resume_state import RunFacts
-from vembed.training.rotation import BEST, CHECKPOINTS, FINAL, list_checkpoints, rotate
+from vembed.training.rotation import (
+    BEST,
+    CHECKPOINTS,
+    CONFIG,
+    FINAL,
+    REPORT,
+    list_checkpoints,
+    rotate,
+)
 from vembed.training.step_guard import NONFINITE_NAME
 
 logger = logging.getLogger(__name__)
-
-CONFIG = "config.yaml"
-REPORT = "report"
 
 
 def check_output_dir(config: TrainConfig) -> None:

@@ -23,6 +23,7 @@ from vembed.training.console import stderr_terminal
 from vembed.training.disk import disk_problem
 from vembed.training.evaluator import Validation
 from vembed.training.manifest import write_text_safely
+from vembed.training.rotation import METRICS
 from vembed.training.step_guard import Verdict
 from vembed.training.trackers import log_to_trackers
 
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from vembed.training.training_loop import StepResult
 
 logger = logging.getLogger(__name__)
-
-METRICS_NAME = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Recorder:
         """
         self.accelerator = accelerator
         self.history = history
-        self.path = Path(config.output_dir) / METRICS_NAME
+        self.path = Path(config.output_dir) / METRICS
         self.lost_lines = False
         terminal = stderr_terminal() if config.progress and accelerator.is_main_process else None
         self._bar = None if terminal is None else _Bar(terminal, total_steps)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from vembed.training.manifest import find_damage
 from vembed.training.resume_state import RunFacts
 from vembed.training.rotation import (
     clean_up,
+    list_checkpoints,
     newest_checkpoint,
     set_damaged_aside,
     step_path,
@@ -84,9 +85,17 @@ class RunIdentity:
             versions={name: version(name) for name in _PACKAGES},
         )
 
-    def as_json(self) -> dict[str, Any]:
-        """For `state/run.json`."""
-        return asdict(self)
+    @classmethod
+    def read(cls, checkpoint: Path) -> RunIdentity:
+        """That of the run that wrote a checkpoint.
+
+        Raises:
+            CheckpointError: if another version wrote it.
+        """
+        try:
+            return cls(**RunFacts.read(checkpoint).identity)
+        except TypeError as error:
+            raise CheckpointError(f"{checkpoint}: of another version of vembed ({error})") from None
 
 
 def find_start(config: TrainConfig, accelerator: Accelerator) -> Path | None:
@@ -146,8 +155,7 @@ def check_same_run(checkpoint: Path, trainer: Trainer, identity: RunIdentity) ->
         What differs, in words, if `allow_inexact_resume` allows it; else nothing.
     """
     config, facts = trainer.config, RunFacts.read(checkpoint)
-    before = RunIdentity(**facts.identity)
-    _tell_versions(before, identity)
+    before = RunIdentity.read(checkpoint)
     if int(facts.state["step"]) > identity.steps:
         raise ConfigError(
             f"resume: {checkpoint} is at step {facts.state['step']}, but this run has "
@@ -157,7 +165,10 @@ def check_same_run(checkpoint: Path, trainer: Trainer, identity: RunIdentity) ->
         *changed_settings(read_run_settings(checkpoint), config),
         *_changed_facts(before, identity, config),
     ]
-    if not changes or config.allow_inexact_resume:
+    if not changes:
+        return changes
+    if config.allow_inexact_resume:
+        _require_no_future(checkpoint, config)
         return changes
     listed = "\n".join(f"  {change}" for change in changes)
     raise ConfigError(
@@ -166,6 +177,17 @@ def check_same_run(checkpoint: Path, trainer: Trainer, identity: RunIdentity) ->
         "Set it back, or set allow_inexact_resume: true to go on all the same, or name another "
         "output_dir to start anew"
     )
+
+
+def _require_no_future(checkpoint: Path, config: TrainConfig) -> None:
+    """Checkpoints after this one would be of another run than those to come."""
+    newer = [one for one in list_checkpoints(Path(config.output_dir)) if one.path != checkpoint]
+    step = int(RunFacts.read(checkpoint).state["step"])
+    if newer and newer[0].step > step:
+        raise ConfigError(
+            f"resume: {config.output_dir} holds checkpoints after step {step}, of the run as it "
+            "was. To go on inexactly from there, name another output_dir"
+        )
 
 
 def changed_settings(before: Mapping[str, Any], config: TrainConfig) -> list[str]:
@@ -212,7 +234,8 @@ def _why_steps_matter(config: TrainConfig) -> str | None:
     return None
 
 
-def _tell_versions(before: RunIdentity, now: RunIdentity) -> None:
+def tell_versions(before: RunIdentity, now: RunIdentity) -> None:
+    """Warn of packages that may compute other numbers than before."""
     others = [
         f"{name} {found} (was {before.versions.get(name)})"
         for name, found in now.versions.items()

@@ -28,7 +28,14 @@ STEP_FOLDER = "step-{step:06d}"
 DAMAGED = ".damaged"
 """What the name of a checkpoint that cannot be used ends with, once a run has met it."""
 
-_STEP_NAME = re.compile(r"step-(\d{6,})")
+REPORT = "report"
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+
+_STEP_NAME = re.compile(r"step-(\d{6,})(\.damaged)?")
+_OUTPUT_NAME = re.compile("|".join(map(re.escape, (
+    CHECKPOINTS, BEST, FINAL, REPORT, CONFIG, METRICS
+))))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,8 @@ def list_checkpoints(output_dir: Path) -> list[StepCheckpoint]:
     """The checkpoints of a run, whole or not, the newest first."""
     folder = output_dir / CHECKPOINTS
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    steps = [int(match[1]) for name in names if (match := _STEP_NAME.fullmatch(name))]
+    found = [match for name in names if (match := _STEP_NAME.fullmatch(name)) and not match[2]]
+    steps = [int(match[1]) for match in found]
     return [StepCheckpoint(step_path(output_dir, s), s) for s in sorted(steps, reverse=True)]
 
 
@@ -114,8 +122,8 @@ def rotate(output_dir: Path, *, newest: int | None, best: int = 0) -> None:
 
 def clean_up(output_dir: Path) -> None:
     """Remove what an interrupted run has left half done. Only one process may call it."""
-    for folder in (output_dir, output_dir / CHECKPOINTS):
-        remove_leftovers(folder)
+    remove_leftovers(output_dir, _OUTPUT_NAME)
+    remove_leftovers(output_dir / CHECKPOINTS, _STEP_NAME)
 
 
 def _best_of(checkpoints: Collection[StepCheckpoint], count: int) -> list[StepCheckpoint]:

@@ -20,7 +20,7 @@ from vembed.training.manifest import commit_folder, find_damage, fresh_path, sta
 from vembed.training.optimizer_state import schedule_state
 from vembed.training.random_states import RandomStates, undisturbed
 from vembed.training.recorder import RecordedWindow
-from vembed.training.resume import RunIdentity, check_same_run
+from vembed.training.resume import RunIdentity, check_same_run, tell_versions
 from vembed.training.resume_state import (
     STATE,
     OwnState,
@@ -149,17 +149,19 @@ def resume_run(trainer: Trainer, checkpoint: Path, identity: RunIdentity) -> Res
     with fail_together(trainer.accelerator.device):
         changes = check_same_run(checkpoint, trainer, identity)
         facts = RunFacts.read(checkpoint)
-        _check_shares(checkpoint, trainer, identity, RunIdentity(**facts.identity))
+        before = RunIdentity.read(checkpoint)
+        _check_shares(checkpoint, trainer, identity, before)
         load_training_state(checkpoint, trainer, keep_settings=bool(changes))
-        state = _state_of(facts)
+        state = _state_of(checkpoint, facts)
         if trainer.accelerator.is_main_process:
             state.history[:] = read_history(checkpoint)
         if changes:
-            before = RunIdentity(**facts.identity)
             state = _moved(state, before.steps_per_epoch, identity.steps_per_epoch)
         own = _new_own_state(trainer, state) if changes else read_own_state(checkpoint, trainer)
     _forget_lost_best(trainer, state)
-    _tell(checkpoint, state, changes)
+    if trainer.accelerator.is_main_process:
+        tell_versions(before, identity)
+        _tell(checkpoint, state, changes)
     return Resumed(state, own)
 
 
@@ -186,10 +188,11 @@ def _forget_lost_best(trainer: Trainer, state: TrainState) -> None:
     if trainer.accelerator.is_main_process:
         damage = find_damage(Path(trainer.config.output_dir) / BEST)
     if any_process(damage is not None, trainer.accelerator.device):
-        logger.warning(
-            "resume: %s: the best model so far, of step %d, is lost; the next validation starts "
-            "anew", damage, state.best_step,
-        )  # fmt: skip
+        if damage is not None:
+            logger.warning(
+                "resume: %s: the best model so far, of step %d, is lost; the next validation "
+                "starts anew", damage, state.best_step,
+            )  # fmt: skip
         state.best_value = state.best_step = None
 
 
@@ -204,10 +207,13 @@ def _facts_of(state: TrainState) -> dict[str, Any]:
     return {name: value for name, value in vars(state).items() if name != "history"}
 
 
-def _state_of(facts: RunFacts) -> TrainState:
+def _state_of(checkpoint: Path, facts: RunFacts) -> TrainState:
     from vembed.training.training_loop import TrainState
 
-    return TrainState(**facts.state)
+    try:
+        return TrainState(**facts.state)
+    except TypeError as error:
+        raise CheckpointError(f"{checkpoint}: of another version of vembed ({error})") from None
 
 
 def _check_shares(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from vembed.errors import CheckpointError
@@ -111,10 +113,13 @@ def test_leftovers(tmp_path):
     # Killed between the two renames that stand for an exchange: the earlier one comes back.
     write(tmp_path / "lost").rename(tmp_path / ".old-lost")
     (tmp_path / ".tmp-file").write_text("half")
-    (tmp_path / ".hidden").write_text("the user's")
-    remove_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".hidden", "kept", "lost"]
-    remove_leftovers(tmp_path / "nowhere")
+    for name in (".hidden", ".tmp-users"):
+        (tmp_path / name).write_text("the user's")
+    ours = re.compile("a|b|kept|lost|file")
+    remove_leftovers(tmp_path, ours)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == [".hidden", ".tmp-users", "kept", "lost"]
+    remove_leftovers(tmp_path / "nowhere", ours)
 
 
 def test_removing_first_takes_the_name_away(tmp_path, monkeypatch):

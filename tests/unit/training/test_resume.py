@@ -242,6 +242,16 @@ class TestWhereARunMayGo:
         again = {**settings, "output_dir": str(tmp_path / "two"), "resume": str(tmp_path / "one")}
         assert run_whole(again) == later(whole, 6)
 
+    def test_an_older_checkpoint_is_not_gone_on_from_inexactly_beside_newer_ones(
+        self, places, tmp_path
+    ):
+        settings = settings_of(places, tmp_path / "one", save_steps=3)
+        run_training(settings)
+        start = tmp_path / "one" / "checkpoints" / "step-000003"
+        settings |= {"resume": str(start), "allow_inexact_resume": True, "lr": 0.5}
+        with pytest.raises(ConfigError, match="holds checkpoints after step 3"):
+            run_training(settings)
+
     @pytest.mark.parametrize(
         ("name", "message"),
         [("nowhere", "is no folder"), ("empty", "manifest.json: is missing")],

@@ -80,7 +80,9 @@ def test_all_damaged(tmp_path):
 
 def test_clean_up_looks_in_both_folders(tmp_path):
     write(tmp_path, 1)
-    for folder in (tmp_path, tmp_path / "checkpoints"):
-        (folder / ".tmp-x").mkdir()
+    for name in (".tmp-best", ".trash-report", "checkpoints/.tmp-step-000001"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".tmp-metrics.jsonl").write_text("half")
+    (tmp_path / ".tmp-notes").mkdir()  # the user's
     clean_up(tmp_path)
-    assert not list(tmp_path.rglob(".tmp-*"))
+    assert [path.name for path in tmp_path.rglob(".t*")] == [".tmp-notes"]

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from vembed.config import TrainConfig
 from vembed.errors import ConfigError
-from vembed.training.recorder import METRICS_NAME
 from vembed.training.resume_state import STATE
-from vembed.training.rotation import step_path
+from vembed.training.rotation import METRICS, step_path
 from vembed.training.run import build_accelerator, raise_problems, set_up, train
 from vembed.training.verification.processes import LocalProcesses
 from vembed.training.verification.verify import quiet
@@ -193,7 +192,7 @@ def _compare(whole: Path, other: Path, step: int) -> tuple[PartResult, ...]:
     ]
     if len(lines[0]) != len(lines[1]):
         different.append(f"{len(lines[1])} lines, not {len(lines[0])}")
-    return (*found, PartResult(f"lines of {METRICS_NAME}", len(lines[0]), tuple(different)))
+    return (*found, PartResult(f"lines of {METRICS}", len(lines[0]), tuple(different)))
 
 
 def _compare_tensors(
@@ -225,7 +224,7 @@ def _tensors(folder: Path, pattern: str) -> dict[str, Tensor]:
 
 
 def _lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / METRICS_NAME).read_text().splitlines()]
+    return [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
 
 
 def _facts(config: TrainConfig, steps: int, processes: int) -> dict[str, str]:
