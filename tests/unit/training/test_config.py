@@ -456,6 +456,8 @@ class TestSaving:
             "mrl_dims": [16, 8],
             "optimizer": "adam",
             "shuffle_buffer_size": 10_000,
+            "torch_compile": False,
+            "torch_compile_backend": "inductor",
             "test_data_path": None,
             "ddp_static_graph": False,
             "streaming": False,
