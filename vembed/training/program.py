@@ -29,6 +29,9 @@ def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None)
         check_process_count(config, started_processes())
         # After the checks, because they import torch.
         with _imports():
+            # Both are imported later anyway, by what reads rows and by what makes the schedule.
+            import datasets  # noqa: F401
+            import transformers.optimization  # noqa: F401
             from accelerate import PartialState
 
             from vembed.distributed import name_lost_processes

@@ -475,6 +475,8 @@ class TestSaving:
             "teacher_revision": "0a" * 20,
             "optimizer": "adam",
             "shuffle_buffer_size": 10_000,
+            "torch_compile": False,
+            "torch_compile_backend": "inductor",
             "test_data_path": None,
             "ddp_static_graph": False,
             "streaming": False,
