@@ -436,6 +436,11 @@ class TestChangedSettings:
         changed = changed_settings(before, TrainConfig(lr_groups={"a": 2}))
         assert changed == ["lr_groups: {'a': 2.0}, was {}"]
 
+    def test_a_secret_that_was_not_written_down_has_not_changed(self):
+        config = TrainConfig(loss_kwargs={"api_key": "hf_" + "a1B2" * 9})
+        assert config.redacted() != config.model_dump(mode="json")
+        assert changed_settings(config.redacted(), config) == []
+
     def test_a_stream_is_known_by_its_path(self):
         before = TrainConfig(data_path="a").model_dump(mode="json")
         assert changed_settings(before, TrainConfig(data_path="b")) == []
