@@ -235,6 +235,16 @@ class TestWhereARunMayGo:
         with pytest.raises(ConfigError, match="holds another run than the one to go on with"):
             run_training({**settings, "output_dir": str(tmp_path / "two"), "resume": start})
 
+    def test_the_best_model_comes_along(self, places, tmp_path):
+        settings = settings_of(
+            places, tmp_path / "one", save_steps=8, val_data_path="<pairs>", eval_steps=4
+        )
+        whole = run_whole(settings)
+        reset()
+        # Nothing is left to be done, so nothing else could write it.
+        rest = run_rest(settings, tmp_path / "two", 8)
+        assert rest["best/model.safetensors"] == whole["best/model.safetensors"]
+
     def test_a_whole_run_may_be_named(self, places, tmp_path):
         settings = settings_of(places, tmp_path / "one", save_steps=3)
         whole = run_whole(settings)
