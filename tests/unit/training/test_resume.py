@@ -35,6 +35,7 @@ from vembed.training.optimizer_state import (
 )
 from vembed.training.random_states import RandomStates, undisturbed
 from vembed.training.resume import FREE_KEYS, changed_settings
+from vembed.training.rotation import newest_checkpoint
 from vembed.training.run import run_training
 from vembed.training.verification.resume import verify_resume
 
@@ -112,6 +113,25 @@ class TestASecondStart:
         assert "step-000006/state/run.json: is missing" in warned[0]
         left = digests(folder)
         assert {n: d for n, d in left.items() if ".damaged/" not in n} == found
+
+    def test_every_damage_to_every_file_is_found(self, run, caplog):
+        _, _, folder = run
+        newest = folder / "checkpoints" / "step-000006"
+        files = [path for path in newest.rglob("*") if path.is_file()]
+        assert len(files) > 12
+        for file in files:
+            whole = file.read_bytes()
+            middle = len(whole) // 2
+            flip = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
+            for damage in (None, b"", whole[: len(whole) * 6 // 10], flip):
+                caplog.clear()
+                file.unlink()
+                if damage is not None:
+                    file.write_bytes(damage)
+                assert newest_checkpoint(folder).step == 3
+                assert [str(file) in text for text in caplog.messages] == [True]
+                file.write_bytes(whole)
+        assert newest_checkpoint(folder).step == 6
 
     def test_without_a_whole_checkpoint_says_which_files(self, run):
         settings, _, folder = run
