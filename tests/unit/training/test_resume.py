@@ -293,10 +293,7 @@ class TestWhereARunMayGo:
             run_training(settings)
 
     def test_a_model_folder_is_no_checkpoint(self, places, tmp_path):
-        keep = TrainConfig().save_total_limit
-        settings = settings_of(
-            places, tmp_path / "run", save_steps=0, save_total_limit=keep, max_steps=1
-        )
+        settings = settings_of(places, tmp_path / "run", save_steps=0, max_steps=1)
         run_training(settings)
         settings |= {"output_dir": str(tmp_path / "b"), "resume": str(tmp_path / "run" / "final")}
         with pytest.raises(CheckpointError, match=r"is no checkpoint of a run"):
