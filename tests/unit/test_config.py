@@ -246,7 +246,7 @@ CONFLICTS = [
     ({"eval_steps": 5}, "eval_steps: has no use without validation"),
     ({"save_top_k": 1, "save_steps": 5}, "save_top_k: has no use without checkpoints"),
     ({"save_top_k": 1, "val_data_path": "x"}, "save_top_k: has no use without checkpoints"),
-    ({"allow_inexact_resume": True}, "allow_inexact_resume: has no use: resume is never"),
+    ({"allow_inexact_resume": True}, "allow_inexact_resume: has no use where nothing is resumed"),
     (
         {"resume": "auto", "overwrite_output_dir": True},
         "overwrite_output_dir: replaces an earlier run, but resume: auto goes on with one",

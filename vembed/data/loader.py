@@ -119,7 +119,7 @@ def build_dataloader(
         order: dict[str, Any] = {"batch_size": None}
     else:
         if tokens is not None:
-            rows, collate = _RowNumbers(len(dataset)), tokens
+            rows, collate = _RowNumbers(dataset), tokens
         if process_count > 1 and len(dataset):
             lender = rows[0]
         plan = None
@@ -207,10 +207,11 @@ def collate_share(
 
 
 class _RowNumbers(Dataset[int]):
-    """Rows that are their own numbers."""
+    """Rows that are their own numbers, where all else about them is known already."""
 
-    def __init__(self, count: int) -> None:
-        self._count = count
+    def __init__(self, dataset: RecordDataset) -> None:
+        self._count = len(dataset)
+        self.fingerprint = dataset.fingerprint
 
     def __len__(self) -> int:
         return self._count
