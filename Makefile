@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart quickstart-images test lint format bench clean
+.PHONY: help quickstart quickstart-images test test-unit test-whole lint format bench clean
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 26
@@ -19,8 +19,23 @@ quickstart: $(VENV)/.quickstart ## Fine-tune a real model on real text, and show
 quickstart-images: $(VENV)/.quickstart ## Train a small model to find pictures by words, and show what it finds
 	$(BIN)/vembed quickstart images $(ARGS)
 
-test: $(VENV)/.dev ## Run the tests (ARGS="-k name")
+test: $(VENV)/.dev ## Run the tests, two halves at a time (ARGS="-k name": some of them)
+ifeq ($(ARGS),)
+	@echo "Two halves at a time, about ten minutes on two cores; each is shown when it is done."
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target test-unit test-whole
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
+
+# One thread each: OpenMP's threads spin while they wait, which takes the other half's processor.
+# Not by pytest-xdist, under whose workers signals do not reach the programs that tests stop.
+test-unit: export OMP_NUM_THREADS = 1
+test-unit: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/unit
+
+test-whole: export OMP_NUM_THREADS = 1
+test-whole: $(VENV)/.dev
+	$(BIN)/python -m pytest --ignore=tests/unit
 
 lint: $(VENV)/.dev ## Check format, lint, types and layers
 	$(BIN)/ruff format --check .
