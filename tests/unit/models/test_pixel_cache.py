@@ -94,7 +94,7 @@ def test_pixels_are_the_processors_bit_by_bit(family, tmp_path, decoded):
         assert torch.equal(pixels, wanted)
     assert len(decoded) == len(items), "each once"
     # Some known, some not.
-    more = as_items([encode(noise(seed=9)), *pictures()[:2]])
+    more = as_items([*pictures()[:2], encode(noise(seed=9))])
     plain = processor_of(family)(more, role="document")
     assert torch.equal(encoder.processor(more, role="document")["pixel_values"],
                        plain["pixel_values"])  # fmt: skip
@@ -165,9 +165,8 @@ class TestAnImageThatChanges:
         """Reads `a.png` through the cache; it must be what it is without."""
         folder = ImageFolder(str(tmp_path))
 
-        def pixels(**limits):
-            source = ImageFolder(folder.root, limits=ImageLimits(**limits)).find("a.png")
-            items = [Item(image=source)]
+        def pixels():
+            items = [Item(image=folder.find("a.png"))]
             found = cached.pixels(items)["pixel_values"]
             assert torch.equal(found, processor.pixels(items)["pixel_values"])
             return found
@@ -193,13 +192,16 @@ class TestAnImageThatChanges:
         with pytest.raises(DataError, match="no such image file"):
             read()
 
-    def test_is_held_to_the_limits_of_this_run(self, tmp_path, read):
+    @pytest.mark.parametrize(
+        ("limits", "message"),
+        [({"max_pixels": 10}, "more than 10 pixels"), ({"max_bytes": 10}, "larger than")],
+    )
+    def test_is_held_to_the_limits_of_this_run(self, tmp_path, read, cached, limits, message):
         (tmp_path / "a.png").write_bytes(picture())
         read()
-        with pytest.raises(DataError, match="more than 10 pixels"):
-            read(max_pixels=10)
-        with pytest.raises(DataError, match="larger than"):
-            read(max_bytes=10)
+        source = ImageFolder(str(tmp_path), limits=ImageLimits(**limits)).find("a.png")
+        with pytest.raises(DataError, match=message):
+            cached.pixels([Item(image=source)])
 
 
 def test_images_in_tar_files_in_memory_and_in_bytes(tmp_path, cached, processor, decoded):
