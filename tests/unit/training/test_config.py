@@ -188,7 +188,7 @@ NEEDS = {
     "image_hosts": {"retrieval_mode": "t2i"},
     "max_image_pixels": {"retrieval_mode": "i2i"},
     "image_check": {"retrieval_mode": "m2t"},
-    "image_cache": {"retrieval_mode": "i2t"},
+    "image_cache": {"retrieval_mode": "m2t"},
     "max_bad_records": {"on_bad_record": "quarantine"},
     "max_nonfinite_steps": {"on_nonfinite": "skip"},
     "streaming": {"max_steps": "3", "holdout_ratio": "0"},
