@@ -385,6 +385,11 @@ class TrainConfig(BaseModel):
         description="How images are looked at while rows are read: header and end of the file, or "
         "every pixel",
     )
+    image_cache: str | None = Field(
+        None,
+        description="Folder to keep images in as the model's processor resizes them, so that "
+        "later epochs decode nothing; null: none",
+    )
     on_bad_record: Literal["fail", "quarantine"] = Field(
         "fail",
         description="What becomes of a row that cannot be used: it ends the run, or goes to "
@@ -967,7 +972,8 @@ _NEEDS = (
         "with a teacher on this machine. Name one of the hub",
     ),
     _Need(
-        ("image_root", "image_hosts", "max_image_pixels", "image_check"), "retrieval_mode",
+        ("image_root", "image_hosts", "max_image_pixels", "image_check", "image_cache"),
+        "retrieval_mode",
         lambda c: set(c.retrieval_mode) & {"i", "m"},
         "where retrieval_mode has no image. Remove it, or choose a mode with i or m",
     ),

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 from urllib.parse import SplitResult, urlsplit
 
 from vembed.errors import DataError, quote_path
-from vembed.images import ImageError, ImageLimits, ImageSource, is_url
+from vembed.images import ImageError, ImageLimits, ImageSource, is_url, stamp_file
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _TIMEOUT_SECONDS = 20
@@ -50,6 +50,16 @@ class ImageUrl(ImageSource):
     def identity(self) -> str:
         """The URL: the image behind it may only be known to one machine yet."""
         return self.url
+
+    def stamp(self) -> str:
+        """Place, size and time of the file that it is kept in.
+
+        Raises:
+            ImageError: as `open` does.
+            DataError: as `open` does.
+        """
+        with self.open() as file:
+            return stamp_file(file)
 
     @property
     def kept_path(self) -> Path:

@@ -109,6 +109,14 @@ class ImageSource:
         """What two images have in common that count as one, on every machine."""
         raise NotImplementedError
 
+    def stamp(self) -> str:
+        """What changes when the image does; not the same on every machine.
+
+        Raises:
+            ImageError: as `open` does.
+        """
+        return _digest(self.read())
+
     def open(self) -> BinaryIO:
         """A file of the image's bytes, to be closed by the caller.
 
@@ -172,6 +180,15 @@ class ImageFile(ImageSource):
     def identity(self) -> str:
         """The path: files are read when they are needed, not to compare them."""
         return f"{self.prefix}{self.path}"
+
+    def stamp(self) -> str:
+        """The file's place, size and time: it is not read.
+
+        Raises:
+            ImageError: as `open` does.
+        """
+        with self.open() as file:
+            return stamp_file(file)
 
     def open(self) -> BinaryIO:
         """The open file.
@@ -256,6 +273,19 @@ class ImageInTar(ImageSource):
         """The names of shard and member: shards are indexed without reading the members."""
         return f"{self.prefix}{os.path.basename(self.shard)}/{self.member}"
 
+    def stamp(self) -> str:
+        """The shard's place, size and time, and where the member is in it: it is not read.
+
+        Raises:
+            ImageError: if the tar file is gone, or the member is empty or too large.
+        """
+        self.check_size(self.size)
+        try:
+            with open(self.shard, "rb") as shard:
+                return f"{stamp_file(shard)}:{self.offset}+{self.size}"
+        except OSError as error:
+            raise self.error("a shard must be readable", str(error.strerror or error)) from None
+
     def open(self) -> BinaryIO:
         """The member's bytes as a file.
 
@@ -297,6 +327,15 @@ class ImageBytes(ImageSource):
     @property
     def identity(self) -> str:
         """A hash of the bytes."""
+        return self._digest
+
+    def stamp(self) -> str:
+        """A hash of the bytes.
+
+        Raises:
+            ImageError: if there are none, or too many.
+        """
+        self.check_size(len(self.data))
         return self._digest
 
     def open(self) -> BinaryIO:
@@ -341,6 +380,14 @@ class ImageInMemory(ImageSource):
         _check_pixels(self, self.image)
         _decode(self, self.image)
         return self._pixels
+
+    def stamp(self) -> str:
+        """A hash of the pixels, and how they are turned.
+
+        Raises:
+            ImageError: as `identity` does.
+        """
+        return f"{self.identity}:{_orientation(self.image)}"
 
     def open(self) -> BinaryIO:
         """The image as a PNG file."""
@@ -417,6 +464,12 @@ class ImageFacts:
 def is_url(path: str) -> bool:
     """Whether a path is a URL of any kind, `file:` and `data:` among them."""
     return _URL.match(path) is not None
+
+
+def stamp_file(file: BinaryIO) -> str:
+    """Place, size and time of an open file: what `ImageSource.stamp` says of it."""
+    status = os.fstat(file.fileno())
+    return f"{os.path.realpath(file.name)}:{status.st_size}:{status.st_mtime_ns}"
 
 
 def as_image_source(image: str | os.PathLike[str] | bytes | Image | ImageSource) -> ImageSource:
@@ -603,15 +656,19 @@ def _damaged(source: ImageSource, error: Exception) -> ImageError:
     return source.error("an image must be whole", reason, _AGAIN)
 
 
+def _orientation(image: Image) -> object:
+    """What EXIF says of it; where that is broken, nothing: as in browsers, it stays as stored."""
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except (SyntaxError, ValueError, TypeError, LookupError, OSError, EOFError, struct.error):
+        return None
+
+
 def _upright(image: Image) -> Image:
     from PIL import Image
 
-    try:
-        orientation = image.getexif().get(_ORIENTATION)
-    except (SyntaxError, ValueError, TypeError, LookupError, OSError, EOFError, struct.error):
-        # Broken EXIF says nothing: the picture stays as it is stored, as in browsers.
-        return image
-    if orientation not in _UPRIGHT:
+    orientation = _orientation(image)
+    if not isinstance(orientation, int) or orientation not in _UPRIGHT:
         return image
     return image.transpose(Image.Transpose[_UPRIGHT[orientation]])
 

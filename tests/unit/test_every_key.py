@@ -16,12 +16,12 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from tests.pictures import flipped_png, mode_rows, picture, write_pictures
-from tests.tiny import tiny_sentence_transformer, write_rows
+from tests.tiny import tiny_clip, tiny_sentence_transformer, write_rows
 from vembed.config import TrainConfig
 from vembed.data import Collator
 from vembed.errors import ConfigError, DistributedError, VembedError
 from vembed.losses import tiling
-from vembed.models import load_encoder
+from vembed.models import load_encoder, pixel_cache
 from vembed.training.launch_check import check_process_count
 from vembed.training.model_builder import build_model, build_teacher_model
 from vembed.training.optimizer_builder import resolve_tracker
@@ -344,6 +344,24 @@ class TestWhatOnlyChangesHowARunComputes:
         assert runs[0] == runs[1]
         assert runs[0]["error"] is None
         assert calls == [1, 1], "two steps, of the second run"
+
+    def test_image_cache(self, observed, monkeypatch, tmp_path):
+        decoded = []
+        decode = pixel_cache.load_image
+        monkeypatch.setattr(
+            pixel_cache, "load_image", lambda source: decoded.append(source) or decode(source)
+        )
+        settings = {
+            **PICTURES,
+            "encoder_mode": "auto",
+            "model_name": str(tiny_clip(tmp_path / "m")),
+        }
+        runs = [observed(**settings, image_cache=c) for c in (None, *[str(tmp_path / "c")] * 2)]
+        for run in runs:
+            assert run["error"] is None
+            del run["log"]
+        assert runs[0] == runs[1] == runs[2]
+        assert len(decoded) == len(set(decoded)) > 0, "each once, in the second run"
 
     def test_chunk_tokens(self, forwards):
         # Two roles in each of two steps; then every text by itself.

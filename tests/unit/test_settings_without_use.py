@@ -55,6 +55,7 @@ NEEDS = {
     "image_hosts": (["example.org"], {}, PICTURES),
     "max_image_pixels": (4, {}, PICTURES),
     "image_check": ("decode", {}, PICTURES),
+    "image_cache": ("c", {}, PICTURES),
     "max_seq_length": (4, {"retrieval_mode": "i2i"}, PICTURES),
     "query_prompt": ("q ", {"retrieval_mode": "i2t"}, PICTURES),
     "document_prompt": ("d ", PICTURES, {"retrieval_mode": "i2t"}),

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 
 from vembed.errors import CheckpointError, ConfigError, DataError
-from vembed.images import load_image
+from vembed.images import ImageSource, load_image
 from vembed.models.checkpoint_format import CheckpointSettings
+from vembed.models.pixel_cache import PixelCache
 from vembed.models.protocol import Role
 from vembed.modes import Item
 
@@ -22,6 +23,7 @@ class ImageProcessor:
 
     Attributes:
         image_processor: The model's own, of transformers.
+        cache: Where it keeps what it has made of an image; None where it makes it anew.
         max_seq_length: None: images have no length to cut.
     """
 
@@ -29,6 +31,7 @@ class ImageProcessor:
 
     def __init__(self, image_processor: Any) -> None:
         self.image_processor = image_processor
+        self.cache: PixelCache | None = None
 
     def describe(self) -> dict[str, str]:
         """Its settings, for the log."""
@@ -66,6 +69,8 @@ class ImageProcessor:
         Raises:
             DataError: if an image cannot be read, or images do not come out alike.
         """
+        if self.cache is not None:
+            return {"pixel_values": self.cache.pixel_values(image_sources(items))}
         images = load_images(items)
         try:
             return dict(self.image_processor(images=images, return_tensors="pt"))
@@ -101,14 +106,23 @@ def load_images(items: Sequence[Item]) -> list[Any]:
     Raises:
         DataError: if an item has none, or it cannot be read.
     """
-    images = []
+    return [load_image(source) for source in image_sources(items)]
+
+
+def image_sources(items: Sequence[Item]) -> list[ImageSource]:
+    """Where the image of each item is.
+
+    Raises:
+        DataError: if an item has none.
+    """
+    sources = []
     for item in items:
         if item.image is None or isinstance(item.image, str):
             raise DataError(
                 f"an image is expected. Received: image {item.image}, text {item.text!r}"
             )
-        images.append(load_image(item.image))
-    return images
+        sources.append(item.image)
+    return sources
 
 
 def load_image_processor(folder: Path, *, trust_remote_code: bool) -> Any:

@@ -39,6 +39,7 @@ from vembed.registry import accepted_arguments, resolve
 from vembed.training.console import configure_logging
 from vembed.training.evaluator import Evaluator, sharded_encode
 from vembed.training.guide import Collate, Guide, build_guide
+from vembed.training.image_cache import cache_images
 from vembed.training.launch_check import check_process_count, check_strategy, check_supervised
 from vembed.training.learned_scale import resolve_temperature
 from vembed.training.loss_files import load_losses
@@ -247,6 +248,7 @@ def build_trainer(
             not have.
     """
     resolve_temperature(config, encoder)
+    cache_images(encoder, config)
     criterion = build_matryoshka(config, encoder, build_loss(config, encoder, data))
     data = _with_training_labels(data, criterion)
     guide = build_guide(config)
