@@ -42,7 +42,7 @@ FREE_KEYS = frozenset({
     # what is kept
     "save_steps", "save_total_limit", "save_top_k", "save_adapter", "eval_steps",
     # who makes the batches; `processes` and `device` are compared as they are found
-    "num_workers", "num_processes", "device", "teacher_chunk_size", "image_cache",
+    "num_workers", "num_processes", "device", "teacher_chunk_size", "image_cache", "token_cache",
     # rows are compared by their content, steps by their number
     "image_root", "epochs", "max_steps",
 })  # fmt: skip
