@@ -16,6 +16,7 @@ from rich.text import Text
 
 from vembed.errors import CheckpointError, ConfigError
 from vembed.training.manifest import Damage, find_damage, read_manifest, remove_folder
+from vembed.training.output_lock import OutputLock
 from vembed.training.rotation import (
     BEST,
     CHECKPOINTS,
@@ -87,7 +88,9 @@ def main(argv: list[str]) -> int:
     if arguments.output_dir is None or not folder.is_dir():
         raise ConfigError(f"{_PROG}: expected the output_dir of a run. Received: {folder}")
     if arguments.keep is not None:
-        _prune(folder, newest=arguments.keep, best=arguments.keep_best)
+        with OutputLock(folder) as lock:
+            lock.take()
+            _prune(folder, newest=arguments.keep, best=arguments.keep_best)
     found = _look(folder)
     if not found:
         raise ConfigError(
