@@ -84,7 +84,7 @@ def test_a_run_that_died_before_it_had_its_folder_starts_as_it_was_asked_to(tmp_
         asked.append(list(more))
         return statuses.pop(0)
 
-    assert supervise(run, output_dir=str(tmp_path), max_restarts=3) == 0
+    assert supervise(run, output_dir=str(tmp_path), resume="auto", max_restarts=3) == 0
     assert asked == [[], []]
 
 
