@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 
 from vembed.config import TrainConfig
+from vembed.data import RecordLoader
 from vembed.distributed import fail_together, gather_numbers
 from vembed.errors import CheckpointError, ConfigError
 from vembed.training.checkpoint import read_run_settings
@@ -249,8 +250,7 @@ def tell_versions(before: RunIdentity, now: RunIdentity) -> None:
 
 def _fingerprint(dataloader: Any) -> str | None:
     """What tells the rows of one of our loaders from others."""
-    found: str | None = getattr(dataloader, "fingerprint", None)
-    return found
+    return dataloader.fingerprint if isinstance(dataloader, RecordLoader) else None
 
 
 def _shown(value: Any) -> str:
