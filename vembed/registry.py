@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -103,12 +103,12 @@ def _plain_hints(factory: Callable[..., Any]) -> dict[str, Any]:
     names = getattr(init, "__globals__", {})
     hints = {}
     for name, parameter in _signature(factory).parameters.items():
-        hint = parameter.annotation
-        if isinstance(hint, str):
-            try:
-                hint = eval(hint, names)  # noqa: S307 - written in code that was imported
-            except (NameError, AttributeError, TypeError, SyntaxError):
-                continue  # imported for type checkers only
+        # One by one, because one that is imported for type checkers only would spoil all.
+        one = SimpleNamespace(__annotations__={name: parameter.annotation})
+        try:
+            hint = get_type_hints(one, names)[name]
+        except (NameError, AttributeError, TypeError, SyntaxError):
+            continue
         if all(kind in _WORDS or get_origin(kind) is Literal for kind in _alternatives(hint)):
             hints[name] = hint
     return hints

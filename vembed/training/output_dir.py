@@ -105,7 +105,7 @@ def _is_same_run(folder: Path, config: TrainConfig) -> bool:
     """Whether the settings that an earlier run has left there decide the same numbers."""
     try:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        before = TrainConfig(**settings).model_dump(mode="json")
+        before = TrainConfig(**settings).redacted()
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return False
     return not changed_settings(before, config)

@@ -198,7 +198,8 @@ def changed_settings(before: Mapping[str, Any], config: TrainConfig) -> list[str
         before: The settings of that run.
         config: Those of now.
     """
-    now, defaults = config.model_dump(mode="json"), TrainConfig().model_dump(mode="json")
+    # As they are written down: no folder of a run tells a secret, nor that it changed.
+    now, defaults = config.redacted(), TrainConfig().redacted()
     # Of a stream nothing is known but where it comes from.
     free = FREE_KEYS if config.streaming else FREE_KEYS | {"data_path"}
     return [

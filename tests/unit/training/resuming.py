@@ -91,6 +91,8 @@ def settings_of(places: dict[str, str], output_dir: Path, **settings: Any) -> di
         return places.get(value, value) if isinstance(value, str) else value
 
     chosen = {**BASE, **settings, "output_dir": str(output_dir)}
+    if not chosen["save_steps"]:
+        del chosen["save_total_limit"]
     return {key: resolve(value) for key, value in chosen.items()}
 
 

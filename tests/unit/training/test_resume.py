@@ -35,6 +35,7 @@ from vembed.training.optimizer_state import (
 )
 from vembed.training.random_states import RandomStates, undisturbed
 from vembed.training.resume import FREE_KEYS, changed_settings
+from vembed.training.rotation import newest_checkpoint
 from vembed.training.run import run_training
 from vembed.training.verification.resume import verify_resume
 
@@ -112,6 +113,25 @@ class TestASecondStart:
         assert "step-000006/state/run.json: is missing" in warned[0]
         left = digests(folder)
         assert {n: d for n, d in left.items() if ".damaged/" not in n} == found
+
+    def test_every_damage_to_every_file_is_found(self, run, caplog):
+        _, _, folder = run
+        newest = folder / "checkpoints" / "step-000006"
+        files = [path for path in newest.rglob("*") if path.is_file()]
+        assert len(files) > 12
+        for file in files:
+            whole = file.read_bytes()
+            middle = len(whole) // 2
+            flip = whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :]
+            for damage in (None, b"", whole[: len(whole) * 6 // 10], flip):
+                caplog.clear()
+                file.unlink()
+                if damage is not None:
+                    file.write_bytes(damage)
+                assert newest_checkpoint(folder).step == 3
+                assert [str(file) in text for text in caplog.messages] == [True]
+                file.write_bytes(whole)
+        assert newest_checkpoint(folder).step == 6
 
     def test_without_a_whole_checkpoint_says_which_files(self, run):
         settings, _, folder = run
@@ -415,6 +435,11 @@ class TestChangedSettings:
         assert changed_settings(before, TrainConfig()) == []
         changed = changed_settings(before, TrainConfig(lr_groups={"a": 2}))
         assert changed == ["lr_groups: {'a': 2.0}, was {}"]
+
+    def test_a_secret_that_was_not_written_down_has_not_changed(self):
+        config = TrainConfig(loss_kwargs={"api_key": "hf_" + "a1B2" * 9})
+        assert config.redacted() != config.model_dump(mode="json")
+        assert changed_settings(config.redacted(), config) == []
 
     def test_a_stream_is_known_by_its_path(self):
         before = TrainConfig(data_path="a").model_dump(mode="json")
