@@ -94,8 +94,8 @@ def main(argv: list[str]) -> int:
     found = _look(folder)
     if not found:
         raise ConfigError(
-            f"{_PROG}: {folder} holds no model and no checkpoint of a run. Checkpoints are written "
-            "where save_steps is set"
+            f"{_PROG}: {folder} holds no model and no checkpoint of a run. Name the output_dir, "
+            "not a folder in it; checkpoints are written where save_steps is set"
         )
     if arguments.json:
         content = {"folders": [one.as_json() for one in found], "resume": _newest_whole(found)}

@@ -78,9 +78,10 @@ def newest_checkpoint(output_dir: Path) -> StepCheckpoint | None:
     for checkpoint in list_checkpoints(output_dir):
         damage = find_damage(checkpoint.path)
         if damage is None:
+            for worse in damages:
+                logger.warning("%s: damaged, so the checkpoint before it is used", worse)
             return checkpoint
         damages.append(damage)
-        logger.warning("%s: damaged, so the checkpoint before it is used", damage)
     if damages:
         listed = "\n".join(f"  {damage}" for damage in damages)
         raise CheckpointError(
