@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vembed.errors import CheckpointError
-from vembed.training.manifest import find_damage, read_manifest, remove_folder, remove_leftovers
+from vembed.training.manifest import (
+    Damage,
+    find_damage,
+    read_manifest,
+    remove_folder,
+    remove_leftovers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +80,7 @@ def newest_checkpoint(output_dir: Path) -> StepCheckpoint | None:
     Raises:
         CheckpointError: if there are checkpoints, and all are damaged.
     """
-    damages = []
+    damages: list[Damage] = []
     for checkpoint in list_checkpoints(output_dir):
         damage = find_damage(checkpoint.path)
         if damage is None:

@@ -18,7 +18,6 @@ sent a signal wants the run to end.
 """
 
 _GO_ON = ("--resume", "auto", "--overwrite_output_dir", "false")
-_AS_BEFORE = ("--overwrite_output_dir", "true")
 _FRUITLESS = 3
 _PAUSE_S = 1.0
 
@@ -65,7 +64,7 @@ def supervise(
 
 
 def _further_arguments(resume: str, *, has_checkpoint: bool) -> Sequence[str]:
-    return _GO_ON if has_checkpoint or resume in ("auto", "never") else _AS_BEFORE
+    return _GO_ON if has_checkpoint or resume in ("auto", "never") else ()
 
 
 def _newest_step(output_dir: str) -> int:

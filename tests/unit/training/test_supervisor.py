@@ -48,7 +48,7 @@ def test_it_goes_on_until_the_end(run, capsys):
 def test_a_named_checkpoint_is_where_it_starts_again_until_there_is_a_newer_one(run):
     program = run((1, None), (1, 5), (0, None))
     assert program.supervised(resume="runs/other/checkpoints/step-000030") == 0
-    assert program.asked == [[], ["--overwrite_output_dir", "true"], GO_ON]
+    assert program.asked == [[], [], GO_ON]
 
 
 @pytest.mark.parametrize("status", [2, 3, 5, 130, 138, 143])
