@@ -74,8 +74,7 @@ def list_checkpoints(output_dir: Path) -> list[StepCheckpoint]:
 def newest_checkpoint(output_dir: Path) -> StepCheckpoint | None:
     """The newest checkpoint that is whole; None where there is no checkpoint.
 
-    One that is damaged is renamed, so that it neither counts nor is looked at again; a warning
-    names the file.
+    A warning names the file of each newer one that is damaged.
 
     Raises:
         CheckpointError: if there are checkpoints, and all are damaged.
