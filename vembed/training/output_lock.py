@@ -59,7 +59,9 @@ class OutputLock:
         traceback: TracebackType | None,
     ) -> None:
         if self._descriptor is not None:
-            (self._folder / LOCK_NAME).unlink(missing_ok=True)
+            # Where the disk takes no change any more it stays, and is nobody's.
+            with suppress(OSError):
+                (self._folder / LOCK_NAME).unlink()
             os.close(self._descriptor)
             self._descriptor = None
         with suppress(OSError):  # something is in it by now
@@ -95,7 +97,7 @@ class OutputLock:
         self._made = self._made or missing
 
     def _try(self) -> bool:
-        """Take it if nobody has it; whether that is settled."""
+        """Take it if nobody has it; whether there is nothing to wait for."""
         path = self._folder / LOCK_NAME
         self._make_folder()
         try:
@@ -115,9 +117,9 @@ class OutputLock:
             # Its holder has removed it in the meantime, and the next one makes another.
             os.close(descriptor)
             return False
+        self._descriptor = descriptor
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        self._descriptor = descriptor
         return True
 
     def _holder(self) -> str:

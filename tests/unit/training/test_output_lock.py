@@ -120,6 +120,19 @@ def test_a_disk_without_locks_is_used_without_one(tmp_path, monkeypatch):
         lock.take()
 
 
+def test_a_disk_that_became_read_only_hides_no_error(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(output_lock.errno.EROFS, "read-only")
+
+    with pytest.raises(ZeroDivisionError), OutputLock(tmp_path) as lock:
+        lock.take()
+        monkeypatch.setattr(output_lock.Path, "unlink", refuse)
+        raise ZeroDivisionError
+    monkeypatch.undo()
+    with OutputLock(tmp_path) as lock:
+        lock.take()
+
+
 def test_a_run_leaves_the_half_written_checkpoints_of_another_alone(
     hold, tiny_st_path, pairs_path, tmp_path
 ):
