@@ -124,10 +124,14 @@ def test_a_disk_that_became_read_only_hides_no_error(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise OSError(output_lock.errno.EROFS, "read-only")
 
-    with pytest.raises(ZeroDivisionError), OutputLock(tmp_path) as lock:
-        lock.take()
-        monkeypatch.setattr(output_lock.Path, "unlink", refuse)
-        raise ZeroDivisionError
+    def fail():
+        with OutputLock(tmp_path) as lock:
+            lock.take()
+            monkeypatch.setattr(output_lock.Path, "unlink", refuse)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     monkeypatch.undo()
     with OutputLock(tmp_path) as lock:
         lock.take()
