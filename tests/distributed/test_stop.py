@@ -142,7 +142,9 @@ def supervise_deaths(
             return 1
         return 0
 
-    status = supervise(run, output_dir=settings["output_dir"], max_restarts=len(deaths))
+    status = supervise(
+        run, output_dir=settings["output_dir"], resume="auto", max_restarts=len(deaths)
+    )
     assert not left
     return status
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from vembed.errors import CheckpointError, ConfigError
 from vembed.training.manifest import Damage, find_damage, read_manifest, remove_folder
+from vembed.training.output_lock import OutputLock
 from vembed.training.rotation import (
     BEST,
     CHECKPOINTS,
@@ -87,12 +88,14 @@ def main(argv: list[str]) -> int:
     if arguments.output_dir is None or not folder.is_dir():
         raise ConfigError(f"{_PROG}: expected the output_dir of a run. Received: {folder}")
     if arguments.keep is not None:
-        _prune(folder, newest=arguments.keep, best=arguments.keep_best)
+        with OutputLock(folder) as lock:
+            lock.take()
+            _prune(folder, newest=arguments.keep, best=arguments.keep_best)
     found = _look(folder)
     if not found:
         raise ConfigError(
-            f"{_PROG}: {folder} holds no model and no checkpoint of a run. Checkpoints are written "
-            "where save_steps is set"
+            f"{_PROG}: {folder} holds no model and no checkpoint of a run. Name the output_dir, "
+            "not a folder in it; checkpoints are written where save_steps is set"
         )
     if arguments.json:
         content = {"folders": [one.as_json() for one in found], "resume": _newest_whole(found)}

@@ -34,7 +34,12 @@ def main(argv: list[str]) -> int:
 
     if not config.max_restarts:
         return run([])
-    return supervise(run, output_dir=config.output_dir, max_restarts=config.max_restarts)
+    return supervise(
+        run,
+        output_dir=config.output_dir,
+        resume=config.resume,
+        max_restarts=config.max_restarts,
+    )
 
 
 def replace_flags(argv: Sequence[str], more: Sequence[str]) -> list[str]:

@@ -33,11 +33,13 @@ class RecordLoader(DataLoader[Any]):
     """A DataLoader whose order is set by epoch, and whose workers' DataErrors arrive unchanged.
 
     Attributes:
+        rows: What batches are made of; `dataset` may hold no more than their numbers.
         process_count: Processes that the rows are already shared among.
         collator: What makes its batches.
         seed: Seed of the run.
     """
 
+    rows: RecordDataset | StreamingRecordDataset
     process_count: int = 1
     collator: CollateRecords
     seed: int = 0
@@ -54,9 +56,7 @@ class RecordLoader(DataLoader[Any]):
     @property
     def fingerprint(self) -> str:
         """What tells these rows from others; of a stream, where they come from and file sizes."""
-        rows: Any = self.dataset
-        found: str = rows.fingerprint
-        return found
+        return self.rows.fingerprint
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -119,7 +119,7 @@ def build_dataloader(
         order: dict[str, Any] = {"batch_size": None}
     else:
         if tokens is not None:
-            rows, collate = _RowNumbers(dataset), tokens
+            rows, collate = _RowNumbers(len(dataset)), tokens
         if process_count > 1 and len(dataset):
             lender = rows[0]
         plan = None
@@ -143,6 +143,7 @@ def build_dataloader(
         generator=torch.Generator().manual_seed(seed),
         **order,
     )
+    loader.rows = dataset
     loader.process_count = process_count
     loader.collator = collator
     loader.seed = seed
@@ -207,11 +208,10 @@ def collate_share(
 
 
 class _RowNumbers(Dataset[int]):
-    """Rows that are their own numbers, where all else about them is known already."""
+    """Rows that are their own numbers."""
 
-    def __init__(self, dataset: RecordDataset) -> None:
-        self._count = len(dataset)
-        self.fingerprint = dataset.fingerprint
+    def __init__(self, count: int) -> None:
+        self._count = count
 
     def __len__(self) -> int:
         return self._count
@@ -262,11 +262,6 @@ class _BatchStream(IterableDataset[Any]):
         self._buffer_size = buffer_size
         self._epoch = 0
         self._start_batch = 0
-
-    @property
-    def fingerprint(self) -> str:
-        """See `RecordLoader.fingerprint`."""
-        return self._dataset.fingerprint
 
     def set_epoch(self, epoch: int, *, start_batch: int = 0) -> None:
         """See `RecordLoader.set_epoch`."""

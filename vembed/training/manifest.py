@@ -74,7 +74,10 @@ def start_folder(path: Path) -> Path:
     """An empty folder beside `path`, to be filled and then committed in its place."""
     fresh = fresh_path(path)
     shutil.rmtree(fresh, ignore_errors=True)
+    made = [parent for parent in fresh.parents if not parent.exists()]
     fresh.mkdir(parents=True)
+    for parent in made:
+        _sync(parent.parent)  # or the names of folders above could be lost with what is in them
     return fresh
 
 
@@ -97,6 +100,8 @@ def commit_folder(fresh: Path, path: Path, facts: Mapping[str, Any] | None = Non
     if not path.exists():
         fresh.rename(path)
     elif _exchange(fresh, path):
+        # The earlier one may go only when the disk knows that it has lost its name.
+        _sync(path.parent)
         shutil.rmtree(fresh)
     else:
         # For an instant `path` is missing; `remove_leftovers` puts the earlier one back.
@@ -104,6 +109,7 @@ def commit_folder(fresh: Path, path: Path, facts: Mapping[str, Any] | None = Non
         shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
         fresh.rename(path)
+        _sync(path.parent)
         shutil.rmtree(old)
     _sync(path.parent)
 

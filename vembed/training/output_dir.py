@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import yaml
 from accelerate import Accelerator
@@ -53,9 +54,13 @@ def check_output_dir(config: TrainConfig) -> None:
     if config.resume != AUTO:
         if Path(config.resume).resolve().is_relative_to(folder.resolve()):
             return
+        began_there = _read_settings(folder).get("resume") == config.resume
+        if began_there and not checkpoints and not (folder / FINAL).exists():
+            return
+        go_on = "Set resume: auto to go on with it" if began_there else "Name another folder"
         raise ConfigError(
             f"output_dir: {folder} holds another run than the one to go on with, {config.resume}. "
-            "Name another folder"
+            f"{go_on}"
         )
     if not checkpoints and (folder / FINAL).exists():
         raise ConfigError(
@@ -103,12 +108,21 @@ def _remove_earlier_run(folder: Path, config: TrainConfig) -> None:
 
 def _is_same_run(folder: Path, config: TrainConfig) -> bool:
     """Whether the settings that an earlier run has left there decide the same numbers."""
+    settings = _read_settings(folder)
+    try:
+        before = TrainConfig(**settings).redacted()
+    except (ValueError, TypeError):
+        return False
+    return bool(settings) and not changed_settings(before, config)
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that an earlier run has left there; empty if they cannot be read."""
     try:
         settings = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        before = TrainConfig(**settings).redacted()
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return False
-    return not changed_settings(before, config)
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _take_best_along(start: Path, folder: Path) -> None:

@@ -13,6 +13,8 @@ from vembed.training.disk import disk_problem
 from vembed.training.launch_check import check_process_count, check_strategy, started_processes
 from vembed.training.local_launch import follow_launcher
 
+_SHOWN_PATHS = 4
+
 
 def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Read the settings, train, and return the exit status; README has the table of them.
@@ -52,11 +54,17 @@ def train_program(argv: Sequence[str] | None = None, *, prog: str | None = None)
         if result.failed_saves:
             raise LostSaveError(
                 f"the run came to its end, but not everything could be saved: "
-                f"{', '.join(result.failed_saves)}"
+                f"{_listed(result.failed_saves)}"
             )
         return 0
 
     return exit_status(train)
+
+
+def _listed(paths: Sequence[str]) -> str:
+    """The first few: a disk that stays full refuses every checkpoint of a long run."""
+    more = f" and {len(paths) - _SHOWN_PATHS} more" if len(paths) > _SHOWN_PATHS else ""
+    return ", ".join(paths[:_SHOWN_PATHS]) + more
 
 
 @contextmanager

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vembed.errors import CheckpointError
-from vembed.training.manifest import find_damage, read_manifest, remove_folder, remove_leftovers
+from vembed.training.manifest import (
+    Damage,
+    find_damage,
+    read_manifest,
+    remove_folder,
+    remove_leftovers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +74,19 @@ def list_checkpoints(output_dir: Path) -> list[StepCheckpoint]:
 def newest_checkpoint(output_dir: Path) -> StepCheckpoint | None:
     """The newest checkpoint that is whole; None where there is no checkpoint.
 
-    One that is damaged is renamed, so that it neither counts nor is looked at again; a warning
-    names the file.
+    A warning names the file of each newer one that is damaged.
 
     Raises:
         CheckpointError: if there are checkpoints, and all are damaged.
     """
-    damages = []
+    damages: list[Damage] = []
     for checkpoint in list_checkpoints(output_dir):
         damage = find_damage(checkpoint.path)
         if damage is None:
+            for worse in damages:
+                logger.warning("%s: damaged, so the checkpoint before it is used", worse)
             return checkpoint
         damages.append(damage)
-        logger.warning("%s: damaged, so the checkpoint before it is used", damage)
     if damages:
         listed = "\n".join(f"  {damage}" for damage in damages)
         raise CheckpointError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -52,6 +53,7 @@ from vembed.training.optimizer_builder import (
 )
 from vembed.training.outcome import RunResult, prove, report, show
 from vembed.training.output_dir import check_output_dir, claim_output_dir
+from vembed.training.output_lock import OutputLock
 from vembed.training.parts import describe_trainable
 from vembed.training.resume import check_same_run, find_start
 from vembed.training.rotation import BEST, FINAL
@@ -88,6 +90,16 @@ def run_training(config: TrainConfig | Mapping[str, Any]) -> RunResult:
     check_supervised(config)
     accelerator = build_accelerator(config)
     configure_logging(main_process=accelerator.is_main_process)
+    lock = OutputLock(Path(config.output_dir), wait_s=config.grace_period_s)
+    with lock if accelerator.is_main_process else nullcontext():
+        return _run(config, accelerator, lock)
+
+
+def _run(config: TrainConfig, accelerator: Accelerator, lock: OutputLock) -> RunResult:
+    check_output_dir(config)
+    with fail_together(accelerator.device):
+        if accelerator.is_main_process:
+            lock.take()
     run = set_up(config, accelerator)
     trainer, encoder, data = run.trainer, run.encoder, run.data
     claim_output_dir(config, accelerator, run.start)

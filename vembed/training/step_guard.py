@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vembed.data import RecordDataset
+from vembed.data import RecordDataset, RecordLoader
 from vembed.distributed import gather_texts, process_count, process_index
 from vembed.errors import NonFiniteError
 from vembed.training.disk import disk_problem
@@ -204,10 +204,10 @@ class SpikeWatch:
 def row_names(dataloader: Any, batch: Mapping[str, Any]) -> list[str]:
     """The rows of a batch as `file:line`, or by number where the data does not know its lines."""
     indices = [int(index) for index in batch.get("row_index", [])]
-    dataset = getattr(dataloader, "dataset", None)
-    if not isinstance(dataset, RecordDataset):
+    rows = dataloader.rows if isinstance(dataloader, RecordLoader) else None
+    if not isinstance(rows, RecordDataset):
         return [f"row {index}" for index in indices]
-    return [record.where for record in dataset.__getitems__(indices)]
+    return [record.where for record in rows.__getitems__(indices)]
 
 
 def _mean_parts(outputs: Sequence[StepOutput]) -> dict[str, float]:

@@ -22,12 +22,16 @@ _FRUITLESS = 3
 _PAUSE_S = 1.0
 
 
-def supervise(run: Callable[[Sequence[str]], int], *, output_dir: str, max_restarts: int) -> int:
+def supervise(
+    run: Callable[[Sequence[str]], int], *, output_dir: str, resume: str, max_restarts: int
+) -> int:
     """Run; when it dies, run again with `resume: auto`.
 
     Args:
         run: Takes further arguments of the command line, and returns the exit status.
         output_dir: Of the run.
+        resume: As it was set. A checkpoint that it names is where a run without one of its own
+            starts again.
         max_restarts: Most times that it is started again.
 
     Returns:
@@ -38,7 +42,7 @@ def supervise(run: Callable[[Sequence[str]], int], *, output_dir: str, max_resta
         before = _newest_step(output_dir)
         # Until the folder is the run's own, there may be another in it, which is to be replaced.
         is_own = _stamp(output_dir) != earlier
-        status = run(_GO_ON if is_own else [])
+        status = run(_further_arguments(resume, has_checkpoint=before > 0) if is_own else [])
         if status not in RESTARTED:
             return status
         step = _newest_step(output_dir)
@@ -57,6 +61,10 @@ def supervise(run: Callable[[Sequence[str]], int], *, output_dir: str, max_resta
         _say(f"{died}; restart {restarts + 1} of {max_restarts}, from step {step}")
         time.sleep(_PAUSE_S)
     raise AssertionError("unreachable")
+
+
+def _further_arguments(resume: str, *, has_checkpoint: bool) -> Sequence[str]:
+    return _GO_ON if has_checkpoint or resume in ("auto", "never") else ()
 
 
 def _newest_step(output_dir: str) -> int:

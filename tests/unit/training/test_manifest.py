@@ -142,6 +142,36 @@ def test_a_file_is_synced_before_its_folder_gets_its_name(tmp_path, monkeypatch)
     assert synced[2:] == [".tmp-x", tmp_path.name]
 
 
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_an_earlier_folder_goes_after_the_new_name_is_on_the_disk(
+    tmp_path, monkeypatch, can_exchange
+):
+    if not can_exchange:
+        monkeypatch.setattr(manifest, "_exchange", lambda *_: False)
+    write(tmp_path / "x")
+    events = []
+    sync, remove = manifest._sync, manifest.shutil.rmtree
+    fresh = start_folder(tmp_path / "x")
+    monkeypatch.setattr(manifest, "_sync", lambda path: (events.append(path.name), sync(path)))
+
+    def recorded_remove(path, **settings):
+        if path.exists():
+            events.append("removed")
+        remove(path, **settings)
+
+    monkeypatch.setattr(manifest.shutil, "rmtree", recorded_remove)
+    commit_folder(fresh, tmp_path / "x")
+    assert events.count("removed") == 1
+    assert events[events.index("removed") - 1] == tmp_path.name
+
+
+def test_the_names_of_new_folders_above_are_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(manifest, "_sync", synced.append)
+    start_folder(tmp_path / "run" / "checkpoints" / "x")
+    assert set(synced) == {tmp_path, tmp_path / "run"}
+
+
 def test_text_is_replaced_at_once(tmp_path):
     file = tmp_path / "a.txt"
     write_text_safely(file, "é")

@@ -174,7 +174,7 @@ class TestASecondStart:
     def test_the_same_rows_elsewhere_do_not_matter(self, run, tmp_path):
         settings, found, folder = run
         moved = shutil.copy(settings["data_path"], tmp_path / "moved.jsonl")
-        run_training({**settings, "data_path": str(moved)})
+        run_training({**settings, "data_path": str(moved), "process_timeout_s": 900})
         assert digests(folder) == found
 
     def test_another_base_model_stops_where_its_weights_are_frozen(self, places, tmp_path):
@@ -254,6 +254,23 @@ class TestWhereARunMayGo:
         start = str(tmp_path / "one" / "checkpoints" / "step-000004")
         with pytest.raises(ConfigError, match="holds another run than the one to go on with"):
             run_training({**settings, "output_dir": str(tmp_path / "two"), "resume": start})
+
+    def test_killed_before_its_first_checkpoint_starts_there_again(self, places, tmp_path):
+        settings = settings_of(places, tmp_path / "one", save_steps=4)
+        run_training(settings)
+        whole = digests(tmp_path / "one")
+        start = str(tmp_path / "one" / "checkpoints" / "step-000004")
+        elsewhere = {**settings, "output_dir": str(tmp_path / "two"), "resume": start}
+        reset()
+        run_training(elsewhere)
+        with pytest.raises(ConfigError, match="Set resume: auto to go on with it"):
+            run_training(elsewhere)
+        for name in ("checkpoints", "final", "report"):
+            shutil.rmtree(tmp_path / "two" / name, ignore_errors=True)
+        reset()
+        run_training(elsewhere)
+        found = digests(tmp_path / "two")
+        assert found["final/model.safetensors"] == whole["final/model.safetensors"]
 
     def test_the_best_model_comes_along(self, places, tmp_path):
         settings = settings_of(

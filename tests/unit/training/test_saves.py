@@ -138,13 +138,14 @@ def test_the_program_ends_with_status_3_and_the_rest_of_its_work_done(
 ):
     arguments = [
         "--model_name", str(tiny_st_path), "--data_path", str(pairs_path), "--device", "cpu",
-        "--batch_size", "4", "--max_steps", "2", "--save_steps", "1", "--output_dir",
+        "--batch_size", "4", "--max_steps", "7", "--save_steps", "1", "--output_dir",
         str(tmp_path / "run"), "--progress", "false",
     ]  # fmt: skip
     ended = run_forked(train_with_small_files, arguments)
     assert ended.status == 3, ended.said
     assert "vembed: the run came to its end, but not everything could be saved: " in ended.said
     assert "step-000001, " in ended.said
+    assert "step-000004 and 3 more\n" in ended.said
     assert "Traceback" not in ended.said
     assert (tmp_path / "run" / "report" / "report.html").exists()
     assert not list((tmp_path / "run" / "checkpoints").iterdir())

@@ -30,8 +30,10 @@ def run(tmp_path):
                 (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
             return status
 
-        def supervised(self, max_restarts=100):
-            return supervise(self, output_dir=str(tmp_path), max_restarts=max_restarts)
+        def supervised(self, max_restarts=100, resume="auto"):
+            return supervise(
+                self, output_dir=str(tmp_path), resume=resume, max_restarts=max_restarts
+            )
 
     return Run
 
@@ -41,6 +43,12 @@ def test_it_goes_on_until_the_end(run, capsys):
     assert program.supervised() == 0
     assert program.asked == [[], GO_ON, GO_ON, GO_ON]
     assert "ended with status 6; restart 2 of 100, from step 10" in capsys.readouterr().err
+
+
+def test_a_named_checkpoint_is_where_it_starts_again_until_there_is_a_newer_one(run):
+    program = run((1, None), (1, 5), (0, None))
+    assert program.supervised(resume="runs/other/checkpoints/step-000030") == 0
+    assert program.asked == [[], [], GO_ON]
 
 
 @pytest.mark.parametrize("status", [2, 3, 5, 130, 138, 143])
@@ -76,7 +84,7 @@ def test_a_run_that_died_before_it_had_its_folder_starts_as_it_was_asked_to(tmp_
         asked.append(list(more))
         return statuses.pop(0)
 
-    assert supervise(run, output_dir=str(tmp_path), max_restarts=3) == 0
+    assert supervise(run, output_dir=str(tmp_path), resume="auto", max_restarts=3) == 0
     assert asked == [[], []]
 
 
