@@ -92,25 +92,43 @@ class Meter:
         self._folder = folder
         self._name = name
         self._device = device
+        self._base: int | None = None
+        self._started: tuple[float, float] | None = None
         self._other_cpu_s = 0.0
         self.tokens = 0
 
     def __iter__(self) -> Iterator[None]:
         """One pass for each round, and one before them to warm up."""
-        base: int | None = None
         while True:
-            gc.collect()
-            self._wait_for_turn()
-            base = _used_bytes(self._device) if base is None else base
-            _reset_peak(self._device)
-            self.tokens, self._other_cpu_s = 0, 0.0
-            wall, cpu = time.perf_counter(), _cpu_seconds()
+            self.start()
             yield
-            _synchronize(self._device)
-            spent = _cpu_seconds() - cpu + self._other_cpu_s
-            wall = time.perf_counter() - wall
-            peak = (_peak_bytes(self._device) - base) / 2**20
-            self._pipe.send(("round", Round(spent, wall, peak, self.tokens)))
+            self.stop()
+
+    def start(self) -> None:
+        """Wait for this variant's turn; then a round begins. At the end of all, end the program."""
+        gc.collect()
+        self._pipe.send(("ready", None))
+        try:
+            self._pipe.recv()
+        except EOFError:
+            raise SystemExit from None
+        if self._base is None:
+            self._base = _used_bytes(self._device)
+        _reset_peak(self._device)
+        self.tokens, self._other_cpu_s = 0, 0.0
+        self._started = time.perf_counter(), _cpu_seconds()
+
+    def stop(self) -> None:
+        """End the round, if one has begun."""
+        if self._started is None or self._base is None:
+            return
+        _synchronize(self._device)
+        wall, cpu = self._started
+        spent = _cpu_seconds() - cpu + self._other_cpu_s
+        wall = time.perf_counter() - wall
+        peak = (_peak_bytes(self._device) - self._base) / 2**20
+        self._started = None
+        self._pipe.send(("round", Round(spent, wall, peak, self.tokens)))
 
     def tell(self, **facts: float | str) -> None:
         """A fact about the variant, to be shown or compared."""
@@ -130,13 +148,6 @@ class Meter:
 
     def _count(self, _module: Any, inputs: tuple[Any, ...]) -> None:
         self.tokens += inputs[0].numel()
-
-    def _wait_for_turn(self) -> None:
-        self._pipe.send(("ready", None))
-        try:
-            self._pipe.recv()
-        except EOFError:
-            raise SystemExit from None
 
 
 @dataclass(frozen=True)
@@ -321,6 +332,7 @@ class _Worker:
 
     def end(self) -> None:
         self._pipe.close()
+        self._process.join(timeout=5)
         self._process.kill()
         self._process.join()
 
@@ -334,7 +346,16 @@ class _Worker:
         return kind, content
 
 
+_QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",  # more threads than were asked for
+}
+
+
 def _context() -> Any:
+    os.environ.update(_QUIET)
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(_PRELOADED)
@@ -345,11 +366,8 @@ def _work(pipe: Connection, variant: Variant, folder: Path, threads: int, device
     import torch
 
     torch.set_num_threads(threads)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # more threads than were asked for
     try:
-        meter = Meter(pipe, folder, variant.name, device)
-        variant.run(meter, **variant.settings)
-        meter._pipe.send(("ready", None))
+        variant.run(Meter(pipe, folder, variant.name, device), **variant.settings)
     except Exception:
         pipe.send(("failed", traceback.format_exc()))
 

