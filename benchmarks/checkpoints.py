@@ -20,6 +20,7 @@ from workloads import (
     build_peer,
     build_vembed,
     model_folder,
+    read_jsonl,
     read_pairs,
     repeat,
     training_settings,
@@ -44,7 +45,7 @@ def run_peer(meter: Meter, *, settings: dict[str, Any]) -> None:
         def on_save(self, *_: Any, **__: Any) -> None:
             meter.stop()
 
-    trainer = build_peer(Path(settings["data_path"]), settings)
+    trainer = build_peer(read_jsonl(Path(settings["data_path"])), settings)
     trainer.create_optimizer()
     trainer.optimizer.register_step_post_hook(lambda *_: meter.start())
     trainer.add_callback(Saved())

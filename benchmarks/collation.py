@@ -17,7 +17,9 @@ from harness import Bench, Meter, Variant, build_parser, show_machine
 from workloads import (
     build_peer,
     build_vembed,
+    longest,
     model_folder,
+    read_jsonl,
     read_pairs,
     repeat,
     training_settings,
@@ -49,7 +51,7 @@ def run_in_step(meter: Meter, *, settings: dict[str, Any], batches: int) -> None
 
 
 def run_peer(meter: Meter, *, settings: dict[str, Any], batches: int) -> None:
-    loader = build_peer(Path(settings["data_path"]), settings).get_train_dataloader()
+    loader = build_peer(read_jsonl(Path(settings["data_path"])), settings).get_train_dataloader()
     show_ids(meter, next(iter(loader)))
     draw(meter, epochs_of(loader), batches)
 
@@ -87,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             write_rows(Path(folder) / "rows.jsonl", rows),
             model=model_folder(arguments),
             batch=batch,
-            tokens=256,
+            tokens=longest(arguments, 256),
             precision="no",
             steps=10,
             output=f"{folder}/run",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from harness import Bench, Meter, Variant, build_parser, show_machine
-from workloads import model_folder, read_pairs, repeat
+from workloads import longest, model_folder, read_pairs, repeat
 
 CASES = {
     "documents": ("mixed lengths", "positive", "no"),
@@ -77,7 +77,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("cases", nargs="*", metavar="CASE", help=", ".join(CASES))
     parser.add_argument("--texts", type=int, help="how many (default 512)")
-    parser.add_argument("--tokens", type=int, default=256, help="longest text")
     arguments = parser.parse_args(argv)
     bench = Bench.of(arguments)
     show_machine(bench)
@@ -88,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         settings = {
             "model": model,
             "texts": [row[column] for row in repeat(read_pairs(arguments), count)],
-            "tokens": arguments.tokens,
+            "tokens": longest(arguments, 256),
             "device": arguments.device,
             "precision": precision,
         }

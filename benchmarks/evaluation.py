@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import Bench, Meter, Variant, build_parser, show_machine
-from workloads import Rows, model_folder, read_pairs, repeat, write_rows
+from workloads import Rows, longest, model_folder, read_pairs, repeat, write_rows
 
 METRIC = "ndcg@10"
 
@@ -114,7 +114,6 @@ def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--texts", type=int, help="queries, and as many documents (default 400)")
     parser.add_argument("--vectors", type=int, help="for the search alone (default 10,000)")
-    parser.add_argument("--tokens", type=int, default=256, help="longest text")
     arguments = parser.parse_args(argv)
     bench = Bench.of(arguments)
     show_machine(bench)
@@ -125,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         shared = {
             "folder": str(task),
             "model": model_folder(arguments),
-            "tokens": arguments.tokens,
+            "tokens": longest(arguments, 256),
             "device": arguments.device,
         }
         found = bench.compare(

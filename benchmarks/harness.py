@@ -499,5 +499,6 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", help="measure these only")
     parser.add_argument("--json", type=Path, help="file that a line is added to for each table")
     parser.add_argument("--model", help="folder of a text encoder (default: all-MiniLM-L6-v2)")
+    parser.add_argument("--tokens", type=int, help="most of a text, where a case has more")
     parser.add_argument("--pairs", type=Path, help="JSONL of query and positive to take instead")
     return parser

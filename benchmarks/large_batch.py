@@ -18,7 +18,7 @@ from typing import Any
 
 import training
 from harness import Bench, Meter, Variant, build_parser, show_machine
-from workloads import model_folder, read_pairs, repeat, training_settings, write_rows
+from workloads import longest, model_folder, read_pairs, repeat, training_settings, write_rows
 
 OURS = {
     "cache": {"use_gradient_cache": True},
@@ -47,13 +47,12 @@ def cached_loss(model: Any) -> Any:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", help="pairs per step (default 512)")
-    parser.add_argument("--tokens", type=int, default=128, help="longest text")
     parser.add_argument("--precision", choices=["no", "bf16"], default="no")
     parser.add_argument("--no-warm-up", action="store_true", help="count the first round too")
     arguments = parser.parse_args(argv)
     bench = Bench.of(arguments)
     show_machine(bench)
-    model = model_folder(arguments)
+    model, tokens = model_folder(arguments), longest(arguments, 128)
     chosen = bench.only or (
         *(("cache",) if arguments.quick else ("cache", "auto")),
         "peer",
@@ -67,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
                 write_rows(Path(folder) / "rows.jsonl", repeat(pairs, max(len(pairs), batch))),
                 model=model,
                 batch=batch,
-                tokens=arguments.tokens,
+                tokens=tokens,
                 precision=arguments.precision,
                 steps=bench.rounds + 2,
                 output=f"{folder}/run",
@@ -82,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
             rounds = {"rounds": bench.rounds}
             variants["limit"] = Variant("limit", training.run_limit, shared | rounds)
             bench.compare(
-                f"cached, batch {batch:,}, at most {arguments.tokens} tokens",
+                f"cached, batch {batch:,}, at most {tokens} tokens",
                 [variants[name] for name in chosen],
                 units=batch,
                 unit="pairs",

@@ -20,7 +20,9 @@ from typing import Any
 from harness import Bench, Meter, Variant, build_parser, show_machine
 from workloads import (
     build_peer,
+    longest,
     model_folder,
+    read_jsonl,
     read_pairs,
     repeat,
     training_settings,
@@ -47,7 +49,7 @@ def peer_first_step(rows: str, settings: str) -> None:
     class Loss(torch.nn.Module):
         forward = FirstStep.__call__
 
-    build_peer(Path(rows), json.loads(settings), lambda _model: Loss()).train()
+    build_peer(read_jsonl(Path(rows)), json.loads(settings), lambda _model: Loss()).train()
 
 
 def run_command(meter: Meter, *, command: list[str], environment: dict[str, str]) -> None:
@@ -110,7 +112,7 @@ def first_step(arguments: Any, folder: Path) -> dict[str, list[str]]:
         rows,
         model=model_folder(arguments),
         batch=BATCH,
-        tokens=256,
+        tokens=longest(arguments, 256),
         precision="no",
         steps=2,
         output=str(folder / "run"),

@@ -30,6 +30,7 @@ from workloads import (
     count_tokens,
     gradient_of,
     in_rounds,
+    longest,
     model_folder,
     read_jsonl,
     read_pairs,
@@ -119,18 +120,15 @@ def run_peer(
     settings: dict[str, Any],
     steps: int,
     make_loss: Callable[[Any], Any] | None = None,
+    load: Callable[[Rows], list[dict[str, Any]]] = list,
+    check: bool = True,
 ) -> None:
     from transformers import TrainerCallback
 
-    trainer = build_peer(Path(rows), settings, make_loss)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(CHECKED_ROWS)])
-    trainer.model.eval()
-    with trainer.compute_loss_context_manager():
-        trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward()
-    meter.show("gradient", gradient_of(trainer.model))
-    trainer.model.zero_grad()
-    trainer.model.train()
-    meter.count_tokens(trainer.model[0].model)
+    trainer = build_peer(load(read_jsonl(Path(rows))), settings, make_loss)
+    if check:
+        show_peer_gradient(meter, trainer)
+        meter.count_tokens(trainer.model[0].model)
     rounds = iter(meter)
 
     class Rounds(TrainerCallback):
@@ -143,6 +141,16 @@ def run_peer(
 
     trainer.add_callback(Rounds())
     trainer.train()
+
+
+def show_peer_gradient(meter: Meter, trainer: Any) -> None:
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(CHECKED_ROWS)])
+    trainer.model.eval()
+    with trainer.compute_loss_context_manager():
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).backward()
+    meter.show("gradient", gradient_of(trainer.model))
+    trainer.model.zero_grad()
+    trainer.model.train()
 
 
 def run_limit(
@@ -236,7 +244,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="folder of further data sets, for scifact")
     parser.add_argument("--steps", type=int, default=1, help="optimizer steps of a round")
     parser.add_argument("--batch", type=int, help="pairs per step, instead of the case's")
-    parser.add_argument("--tokens", type=int, help="longest text, where the case has longer ones")
     arguments = parser.parse_args(argv)
     bench = Bench.of(arguments)
     show_machine(bench)
@@ -256,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
                 file,
                 model=model,
                 batch=batch,
-                tokens=min(case.tokens, arguments.tokens or case.tokens),
+                tokens=longest(arguments, case.tokens),
                 precision=case.precision,
                 steps=arguments.steps * (bench.rounds + 2),
                 output=f"{folder}/run",

@@ -21,6 +21,7 @@ from workloads import (
     batches_of,
     build_vembed,
     gradient_of,
+    longest,
     model_folder,
     read_jsonl,
     read_pairs,
@@ -129,7 +130,6 @@ def count_collectives() -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = build_parser(__doc__)
     parser.add_argument("--batch", type=int, help="pairs of a global batch (default 64)")
-    parser.add_argument("--tokens", type=int, default=128, help="longest text")
     arguments = parser.parse_args(argv)
     bench = Bench.of(arguments)
     show_machine(bench)
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
             write_rows(Path(folder) / "rows.jsonl", repeat(pairs, max(len(pairs), 2 * batch))),
             model=model_folder(arguments),
             batch=batch,
-            tokens=arguments.tokens,
+            tokens=longest(arguments, 128),
             precision="no",
             steps=10**6,
             output=f"{folder}/run",

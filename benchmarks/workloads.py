@@ -44,6 +44,11 @@ def read_jsonl(file: Path) -> Rows:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def longest(arguments: argparse.Namespace, tokens: int) -> int:
+    """Tokens kept of a text: those of the case, or fewer if the user says so."""
+    return min(tokens, arguments.tokens or tokens)
+
+
 def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
@@ -174,12 +179,14 @@ def build_vembed(settings: dict[str, Any]) -> Any:
 
 
 def build_peer(
-    rows: Path, settings: dict[str, Any], make_loss: Callable[[Any], Any] | None = None
+    rows: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+    make_loss: Callable[[Any], Any] | None = None,
 ) -> Any:
     """sentence-transformers' trainer with the same settings, rows and batches.
 
     Args:
-        rows: JSONL; the order of columns is that of a row's keys.
+        rows: The order of columns is that of a row's keys.
         settings: Those of `training_settings`.
         make_loss: Model to loss; None makes the plain contrastive one.
     """
@@ -220,7 +227,7 @@ def build_peer(
     return SentenceTransformerTrainer(
         model=model,
         args=arguments,
-        train_dataset=Dataset.from_list(read_jsonl(rows)),
+        train_dataset=Dataset.from_list(list(rows)),
         loss=loss,
     )
 
