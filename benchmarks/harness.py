@@ -74,7 +74,7 @@ class Round:
         cpu_s: CPU time of the process, of its children that ended, and what it told of others.
         wall_s: Time on the clock.
         peak_mib: Peak of memory above what was in use before the first round: of the accelerator
-            where there is one, else resident memory.
+            where there is one, else resident memory. Of a program that was started, all of it.
         tokens: What the encoder was given, padding and repetition included.
     """
 
@@ -126,9 +126,9 @@ class Meter:
         wall, cpu = self._started
         spent = _cpu_seconds() - cpu + self._other_cpu_s
         wall = time.perf_counter() - wall
-        peak = (_peak_bytes(self._device) - self._base) / 2**20
+        peak = max(_peak_bytes(self._device) - self._base, _largest_child_bytes())
         self._started = None
-        self._pipe.send(("round", Round(spent, wall, peak, self.tokens)))
+        self._pipe.send(("round", Round(spent, wall, peak / 2**20, self.tokens)))
 
     def tell(self, **facts: float | str) -> None:
         """A fact about the variant, to be shown or compared."""
@@ -429,9 +429,12 @@ def _peak_bytes(device: str) -> int:
 
         return int(torch.accelerator.max_memory_allocated(device))
     with open("/proc/self/status") as file:
-        own = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
-    # Children that ended, such as commands that are measured, count where they were larger.
-    return max(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) * 1024
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
+
+
+def _largest_child_bytes() -> int:
+    """Of the children that have ended, such as commands that are measured."""
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _synchronize(device: str) -> None:
