@@ -101,8 +101,8 @@ CASES = {
 def run_vembed(meter: Meter, *, rows: str, settings: dict[str, Any], steps: int) -> None:
     trainer = build_vembed(settings)
     model = trainer.accelerator.unwrap_model(trainer.model).backbone
-    data = trainer.dataloader.dataset
-    batch = trainer.dataloader.collator(data.__getitems__(list(range(CHECKED_ROWS))))
+    loader = trainer.dataloader
+    batch = loader.collate_fn([loader.dataset[row] for row in range(CHECKED_ROWS)])
     trainer.model.eval()
     trainer.step(batch)
     meter.show("gradient", gradient_of(model))

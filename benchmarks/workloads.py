@@ -190,7 +190,7 @@ def build_peer(
         settings: Those of `training_settings`.
         make_loss: Model to loss; None makes the plain contrastive one.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
@@ -198,6 +198,7 @@ def build_peer(
     )
     from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+    disable_progress_bars()
     cpu = settings["device"] == "cpu"
     model = SentenceTransformer(settings["model_name"], device=settings["device"])
     model.max_seq_length = settings["max_seq_length"]
