@@ -9,6 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from vembed.placing import index_tensor
+
 DEFAULT_CHUNK_TOKENS = 4096
 
 IMAGE_INPUTS = frozenset(
@@ -142,10 +144,10 @@ def take_rows(
             sequences are padded. With `image_grid_thw` `[B, 3]`, the grid of patches of each item's
             image, `pixel_values` are the patches of all images, one image after the other.
         rows: Row numbers.
-        longest: Tokens of the longest of these rows, when known; spares a look at the mask, which
-            on an accelerator means to wait for it.
+        longest: What the longest of these rows costs, as `count_tokens` says it, when known; spares
+            a look at the mask, which on an accelerator means to wait for it.
     """
-    index = torch.as_tensor(rows, device=next(iter(inputs.values())).device)
+    index = index_tensor(rows, next(iter(inputs.values())).device)
     picked = {
         name: _take_patches(inputs, rows)
         if name == "pixel_values" and "image_grid_thw" in inputs
@@ -156,15 +158,15 @@ def take_rows(
     if mask is None:
         return picked
     width = mask.shape[1]
-    # Beside images of their own, lengths are not those of texts.
-    known = None if _image_tokens(inputs) else longest
-    tokens = int(mask.sum(1).max()) if known is None else known
+    tokens = int(mask.sum(1).max()) if longest is None else longest - _image_tokens(inputs)
     if tokens >= width:
         return picked
     # Right padding leaves column 0 real in every row; left padding leaves the last column real.
-    keep = slice(0, tokens) if bool(mask[:, 0].all()) else slice(width - tokens, width)
+    # Which of them it is stays on the device: asking would mean to wait for it.
+    start = torch.where(mask[:, 0].all(), 0, width - tokens)
+    columns = start + torch.arange(tokens, device=mask.device)
     return {
-        name: tensor[:, keep]
+        name: tensor.index_select(1, columns)
         if name not in IMAGE_INPUTS and tensor.dim() == 2 and tensor.shape[1] == width
         else tensor
         for name, tensor in picked.items()

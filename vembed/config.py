@@ -378,6 +378,11 @@ class TrainConfig(BaseModel):
     num_workers: Int = Field(
         0, ge=0, description="Processes that tokenise and decode images ahead of the step"
     )
+    token_cache: bool = Field(
+        True,
+        description="Tokenise rows of texts once, before the first step, and keep the ids in the "
+        "cache of datasets; not those of a stream, nor beside a teacher or guide",
+    )
     max_train_samples: Int | None = Field(
         None, gt=0, description="Use only this many training rows; null: all"
     )

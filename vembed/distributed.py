@@ -23,6 +23,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _Tensor = TypeVar("_Tensor", bound=Tensor)
 
+_HOST_GROUPS: dict[dist.ProcessGroup | None, dist.ProcessGroup] = {}
 _BUCKET_BYTES = 256 * 2**20
 
 
@@ -41,18 +42,34 @@ def process_index() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def _group_of(device: torch.device) -> dist.ProcessGroup | None:
+    """The group that tensors of a device go through; None for the default one.
+
+    Numbers that the host has, and needs, do not go by way of an accelerator: they would wait for
+    all that it still has to do. Where the default group does not reach the host's memory, as that
+    of NCCL, a second one does. Collective at its first call.
+    """
+    if device.type != "cpu" or "cpu:" in dist.get_backend_config():
+        return None
+    world = dist.group.WORLD
+    if world not in _HOST_GROUPS:
+        _HOST_GROUPS.clear()
+        _HOST_GROUPS[world] = dist.new_group(backend="gloo")
+    return _HOST_GROUPS[world]
+
+
 def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[int]]:
     """These numbers of every process, by process. Collective: every process must call it.
 
     Args:
         numbers: As many on every process.
-        device: Where the process group communicates from.
+        device: Of the run; numbers do not go through it.
     """
     if not is_distributed():
         return [list(numbers)]
-    own = torch.tensor(numbers, dtype=torch.int64, device=device)
+    own = torch.tensor(numbers, dtype=torch.int64)
     gathered = own.new_empty(process_count() * len(own))
-    _all_gather(gathered, own)
+    _all_gather(gathered, own, group=_group_of(own.device))
     return [[int(n) for n in of_process] for of_process in gathered.view(-1, len(own)).tolist()]
 
 
@@ -159,9 +176,7 @@ def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is set on any process. Collective: every process must call it."""
     if not is_distributed():
         return flag
-    flags = torch.tensor([flag], dtype=torch.int32, device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+    return any(flag for (flag,) in gather_numbers([int(flag)], device))
 
 
 @contextmanager
@@ -171,7 +186,7 @@ def fail_together(device: torch.device) -> Iterator[None]:
     Collective: every process must enter it. There must be no other collective inside.
 
     Args:
-        device: Where the process group communicates from.
+        device: Of the run; numbers do not go through it.
 
     Raises:
         DistributedError: on the processes that could have gone on; it has the message and the
@@ -197,7 +212,7 @@ def _share_failure(own: Exception | None, device: torch.device) -> DistributedEr
     if not any(codes):
         return None
     text = "" if own is None else str(own) if isinstance(own, VembedError) else repr(own)
-    message = torch.tensor(list(text.encode("utf-8", "replace")), dtype=torch.uint8, device=device)
+    message = torch.tensor(list(text.encode("utf-8", "replace")), dtype=torch.uint8)
     lengths = gather_counts(len(message), device)
     texts = torch.split(gather_rows(message, lengths), lengths)
     rank = next(rank for rank, code in enumerate(codes) if code)
@@ -214,9 +229,7 @@ def min_over_processes(number: int, device: torch.device) -> int:
     """The smallest `number` of all processes. Collective: every process must call it."""
     if not is_distributed():
         return number
-    numbers = torch.tensor([number], dtype=torch.int64, device=device)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MIN)
-    return int(numbers.item())
+    return min(of_process for (of_process,) in gather_numbers([number], device))
 
 
 def local_processes() -> int:
@@ -257,11 +270,9 @@ def used_anywhere(parameters: Iterable[nn.Parameter]) -> list[bool]:
     found = list(parameters)
     if not found:
         return []
-    used = torch.tensor(
-        [p.grad is not None for p in found], dtype=torch.int32, device=found[0].device
-    )
+    used = torch.tensor([p.grad is not None for p in found], dtype=torch.int32)
     if is_distributed():
-        dist.all_reduce(used, op=dist.ReduceOp.MAX)
+        dist.all_reduce(used, op=dist.ReduceOp.MAX, group=_group_of(used.device))
     return [bool(flag) for flag in used.tolist()]
 
 
@@ -317,7 +328,7 @@ def _all_gather_uneven(rows: Tensor, counts: list[int]) -> Tensor:
     if len(rows) < longest:
         padded = torch.cat([padded, padded.new_zeros(longest - len(rows), *rows.shape[1:])])
     gathered = padded.new_empty(longest * len(counts), *rows.shape[1:])
-    _all_gather(gathered, padded)
+    _all_gather(gathered, padded, group=_group_of(padded.device))
     if min(counts) == longest:
         return gathered
     return torch.cat(

@@ -10,12 +10,15 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.launch import ChildFailed, run_on_processes
+from vembed import distributed
 from vembed.distributed import (
     all_reduce_mean,
     all_reduce_sum,
+    any_process,
     gather_counts,
     gather_numbers,
     gather_rows,
+    min_over_processes,
     process_count,
     process_index,
     reduce_gradients,
@@ -209,3 +212,37 @@ def _accelerator_sees():
 def test_an_accelerator_works_in_the_processes():
     assert _accelerator_sees()[:2] == (1, 0)  # what a forked process must not inherit
     assert run_on_processes(_accelerator_sees, 2) == [(2, 0, "cpu"), (2, 1, "cpu")]
+
+
+def _numbers_without_a_host_group():
+    """What of a default group that, as NCCL's, reaches an accelerator's memory only."""
+    made = []
+    new_group = dist.new_group
+
+    def spy(*args, **kwargs):
+        made.append(kwargs["backend"])
+        return new_group(*args, **kwargs)
+
+    dist.get_backend_config, dist.new_group = lambda: "cuda:nccl", spy
+    original, groups = distributed._all_gather, []
+
+    def gather(gathered, own, group):
+        groups.append(group is not None)
+        return original(gathered, own, group=group)
+
+    distributed._all_gather = gather
+    accelerator = torch.device("cuda")
+    found = (
+        gather_counts(process_index(), accelerator),
+        any_process(process_index() == 1, accelerator),
+        min_over_processes(5 - process_index(), accelerator),
+        gather_rows(torch.arange(process_index() + 1)).tolist(),
+    )
+    return found, made, all(groups)
+
+
+def test_numbers_do_not_go_by_way_of_the_accelerator():
+    for found, made, all_by_host in run_on_processes(_numbers_without_a_host_group, 2):
+        assert found == ([0, 1], True, 4, [0, 0, 1])
+        assert made == ["gloo"], "one group, made once"
+        assert all_by_host

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from tests.pictures import flipped_png, mode_rows, picture, write_pictures
 from tests.tiny import tiny_sentence_transformer, write_rows
 from vembed.config import TrainConfig
+from vembed.data import Collator
 from vembed.errors import ConfigError, DistributedError, VembedError
 from vembed.losses import tiling
 from vembed.models import load_encoder
@@ -315,6 +316,17 @@ class TestWhatOnlyChangesHowARunComputes:
         monkeypatch.setattr(torch.utils.data.DataLoader, "__init__", spy)
         assert observed(num_workers=1)["error"] is None
         assert 1 in counts
+
+    def test_token_cache(self, observed, monkeypatch):
+        calls = []
+        collate = Collator.__call__
+        monkeypatch.setattr(
+            Collator, "__call__", lambda self, records: calls.append(1) or collate(self, records)
+        )
+        runs = [observed(token_cache=value) for value in (True, False)]
+        assert runs[0] == runs[1]
+        assert runs[0]["error"] is None
+        assert calls == [1, 1], "two steps, of the second run"
 
     def test_chunk_tokens(self, forwards):
         # Two roles in each of two steps; then every text by itself.

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vembed.data.records import FIELDS, Record
     from vembed.data.rules import ImageRules
     from vembed.data.sampler import StatelessBatchSampler
+    from vembed.data.token_store import TokenCollator, open_token_store
 
 # Resolved on first use: importing this package must not pay for torch and datasets.
 _LAZY = {
@@ -60,6 +61,8 @@ _LAZY = {
     "Record": "records",
     "ImageRules": "rules",
     "StatelessBatchSampler": "sampler",
+    "TokenCollator": "token_store",
+    "open_token_store": "token_store",
 }
 
 __all__ = [
@@ -84,11 +87,13 @@ __all__ = [
     "RecordLoader",
     "StatelessBatchSampler",
     "StreamingRecordDataset",
+    "TokenCollator",
     "build_batch_plan",
     "build_dataloader",
     "collate_share",
     "inspect_records",
     "load_dataset_records",
+    "open_token_store",
     "split_holdout",
     "token_counter",
 ]

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,6 +18,7 @@ from vembed.data.records import Record
 from vembed.modes import Item
 
 Batch = dict[str, Any]
+Side = Literal["query", "document"]
 
 
 class Processor(Protocol):
@@ -25,7 +28,7 @@ class Processor(Protocol):
         self,
         items: Sequence[Item],
         *,
-        role: Literal["query", "document"],
+        role: Side,
         prompts: Sequence[str | None] | None = None,
     ) -> dict[str, Tensor]:
         """Model inputs, one row for each item; a prompt of None stands for the role's own."""
@@ -45,6 +48,9 @@ class Collator:
       on the device.
     - `counts_positive`, `counts_negative` `[B]` int64: how many of them each query has.
     - `ids_query`, `ids_positive`, `ids_negative` int64: equal where the content is equal.
+    - `keys_query`, `keys_positive`, `keys_negative`: lists of small numbers, equal where the model
+      input is equal: the same content under the same prompt. A query and a document have none in
+      common.
     - `labels` `[B]` int64; `scores` `[B]` float32.
     - `teacher_scores` `[B, C]` float32, C = most candidates of a row; a row's positives, then its
       negatives, then `-inf`, which a softmax over candidates gives no weight.
@@ -66,11 +72,12 @@ class Collator:
     def __call__(self, records: Sequence[Record]) -> Batch:
         """The batch of these records."""
         batch: Batch = {"row_index": [record.row_index for record in records]}
-        batch |= self._role("query", records, lambda r: (r.query,), lambda r: r.query_prompt)
-        batch |= self._role("positive", records, lambda r: r.positives, lambda r: r.document_prompt)
-        batch |= self._role("negative", records, lambda r: r.negatives, lambda r: r.document_prompt)
+        of_query, of_document = attrgetter("query_prompt"), attrgetter("document_prompt")
+        batch |= self._role("query", records, lambda r: (r.query,), of_query)
+        batch |= self._role("positive", records, attrgetter("positives"), of_document)
+        batch |= self._role("negative", records, attrgetter("negatives"), of_document)
         batch.pop("counts_query", None)
-        return batch | _row_facts(records)
+        return _with_keys(batch) | _row_facts(records)
 
     def _role(
         self,
@@ -83,17 +90,32 @@ class Collator:
         if not items or role not in self.roles:
             return {}
         prompts = [prompt_of(record) for record in records for _ in items_of(record)]
+        side: Side = "query" if role == "query" else "document"
         inputs = self.processor(
             items,
-            role="query" if role == "query" else "document",
+            role=side,
             prompts=None if all(prompt is None for prompt in prompts) else prompts,
         )
+        ids = [item.content_id for item in items]
         return {
             **{f"{role}_{name}": tensor for name, tensor in inputs.items()},
             f"lengths_{role}": count_tokens(inputs),
             f"counts_{role}": torch.tensor([len(items_of(record)) for record in records]),
-            f"ids_{role}": torch.tensor([item.content_id for item in items]),
+            f"ids_{role}": torch.tensor(ids),
+            f"keys_{role}": [(side, *of_item) for of_item in zip(prompts, ids, strict=True)],
         }
+
+
+def _with_keys(batch: Batch) -> Batch:
+    """The batch, with the inputs that its `keys_...` tell apart numbered."""
+    return batch | number_keys({k: v for k, v in batch.items() if k.startswith("keys_")})
+
+
+def number_keys(keys: Mapping[str, Sequence[Hashable]]) -> dict[str, list[int]]:
+    """Equal numbers for equal keys, from 0 in the order in which they come."""
+    distinct = dict.fromkeys(chain.from_iterable(keys.values()))
+    number = dict(zip(distinct, range(len(distinct)), strict=True))
+    return {name: [number[key] for key in of_role] for name, of_role in keys.items()}
 
 
 def _row_facts(records: Sequence[Record]) -> Batch:
@@ -106,11 +128,12 @@ def _row_facts(records: Sequence[Record]) -> Batch:
         facts["scores"] = torch.tensor(scores, dtype=torch.float32)
     teacher = [r.teacher_scores for r in records if r.teacher_scores is not None]
     if len(teacher) == len(records):
-        facts["teacher_scores"] = _padded(teacher)
+        facts["teacher_scores"] = pad_scores(teacher)
     return facts
 
 
-def _padded(rows: Sequence[Sequence[float]]) -> Tensor:
+def pad_scores(rows: Sequence[Sequence[float]]) -> Tensor:
+    """Scores of rows of different lengths, filled up with `-inf`."""
     padded = torch.full((len(rows), max(len(row) for row in rows)), float("-inf"))
     for number, row in enumerate(rows):
         padded[number, : len(row)] = torch.tensor(row)

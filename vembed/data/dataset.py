@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from os import PathLike
@@ -155,6 +155,34 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
         return np.asarray(np.asarray(numbers, dtype=np.int64)[self._indices])
 
     @property
+    def prompt_numbers(self) -> np.ndarray:
+        """`[rows]` int64, equal where both prompts of the rows are."""
+        seen: dict[tuple[str | None, str | None], int] = {}
+        prompts = [(p.origin.query_prompt, p.origin.document_prompt) for p in self._parts]
+        of_parts = [seen.setdefault(pair, len(seen)) for pair in prompts]
+        return np.asarray(np.asarray(of_parts, dtype=np.int64)[self.source_numbers])
+
+    @property
+    def positive_counts(self) -> np.ndarray:
+        """`[rows]` int64, how many positives each row has."""
+        return self._numbers("positive_ids", pyarrow.compute.list_value_length).astype(np.int64)
+
+    @property
+    def scores(self) -> np.ndarray | None:
+        """`[rows]` float64, NaN where a row has none; None if no row has one."""
+        scores = self._numbers("score").astype(np.float64)
+        return None if np.isnan(scores).all() else scores
+
+    @property
+    def teacher_scores(self) -> Sequence[Sequence[float] | None] | None:
+        """By row, what the teacher said, or None; None if it said nothing of any row."""
+        columns = [part.column("teacher_scores") for part in self._parts]
+        if all(column.null_count == len(column) for column in columns):
+            return None
+        every = [scores for column in columns for scores in column.to_pylist()]
+        return [every[index] for index in self._indices.tolist()]
+
+    @property
     def score_bounds(self) -> ScoreBounds:
         """The lowest and the highest score; all rows must have one."""
         scores = self._numbers("score")
@@ -185,8 +213,10 @@ class RecordDataset(torch.utils.data.Dataset[Record]):
         copy.label_names, copy._label_numbers = other.label_names, other._label_numbers
         return copy
 
-    def _numbers(self, name: str) -> np.ndarray:
-        columns = [part.column(name).to_numpy() for part in self._parts]
+    def _numbers(
+        self, name: str, compute: Callable[[Any], Any] = lambda column: column
+    ) -> np.ndarray:
+        columns = [compute(part.column(name)).to_numpy() for part in self._parts]
         return np.asarray(np.concatenate(columns)[self._indices])
 
     def _place(self, index: int) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,6 +16,7 @@ from vembed.data.collator import Batch
 from vembed.data.dataset import RecordDataset, StreamingRecordDataset
 from vembed.data.records import Record
 from vembed.data.sampler import StatelessBatchSampler, check_shares, own_share
+from vembed.data.token_store import TokenCollator
 from vembed.errors import ConfigError, DataError
 
 BORROWED = "borrowed"
@@ -61,6 +62,7 @@ def build_dataloader(
     shuffle_buffer_size: int = 10_000,
     batch_sampler: str = "random",
     batch_sampler_kwargs: Mapping[str, Any] | None = None,
+    tokens: TokenCollator | None = None,
 ) -> RecordLoader:
     """Batches of a data set for one of several processes.
 
@@ -82,13 +84,15 @@ def build_dataloader(
         batch_sampler: How rows are put together: a name of `BATCH_SAMPLERS`, or
             `package.module:Name`. A stream's are put together as they come.
         batch_sampler_kwargs: Further arguments of it.
+        tokens: Makes the batches that `collator` would make, of row numbers alone: no row is read.
 
     Raises:
         ConfigError: if there would not be a single batch, a number is out of range, or the rows do
             not fit the batch sampler.
     """
     rows: Dataset[Any]
-    lender: Record | None = None
+    lender: Record | int | None = None
+    collate: Callable[[list[Any]], Batch] = collator
     if isinstance(dataset, StreamingRecordDataset):
         check_shares(batch_size, process_index, process_count)
         if batch_sampler != "random":
@@ -102,7 +106,10 @@ def build_dataloader(
         order: dict[str, Any] = {"batch_size": None}
     else:
         rows = dataset
-        lender = dataset[0] if process_count > 1 and len(dataset) else None
+        if tokens is not None:
+            rows, collate = _RowNumbers(len(dataset)), tokens
+        if process_count > 1 and len(dataset):
+            lender = rows[0]
         check_shares(batch_size, process_index, process_count)
         plan = None
         if shuffle and (batch_sampler != "random" or batch_sampler_kwargs):
@@ -131,7 +138,7 @@ def build_dataloader(
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     loader = RecordLoader(
         rows,
-        collate_fn=_Collate(collator, lender),
+        collate_fn=_Collate(collate, lender),
         num_workers=num_workers,
         worker_init_fn=_without_threads if num_workers else None,
         generator=torch.Generator().manual_seed(seed),
@@ -153,11 +160,11 @@ class _Failure:
 class _Collate:
     """The collator, letting failures of a stream pass and catching its own in workers."""
 
-    collator: CollateRecords
-    lender: Record | None
+    collator: Callable[[list[Any]], Batch]
+    lender: Record | int | None
     """A row to borrow where this process has none."""
 
-    def __call__(self, records: list[Record] | _Borrowed | _Failure) -> Batch | _Failure:
+    def __call__(self, records: list[Any] | _Borrowed | _Failure) -> Batch | _Failure:
         if isinstance(records, _Failure):
             return records
         try:
@@ -171,7 +178,9 @@ class _Collate:
 
 
 def collate_share(
-    collator: CollateRecords, records: list[Record], lender: Record | None = None
+    collator: Callable[[list[Any]], Batch],
+    records: Sequence[Record | int],
+    lender: Record | int | None = None,
 ) -> Batch:
     """The batch of one process's rows.
 
@@ -180,13 +189,26 @@ def collate_share(
     same kind: it is encoded, and then left out of the loss.
 
     Args:
-        collator: Makes a batch of records.
-        records: The process's rows.
+        collator: Makes a batch of rows.
+        records: The process's rows, or their numbers.
         lender: The row to borrow if there are none.
     """
     if records or lender is None:
-        return collator(records)
+        return collator(list(records))
     return {**collator([lender]), BORROWED: True}
+
+
+class _RowNumbers(Dataset[int]):
+    """Rows that are their own numbers."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return range(self._count)[index]
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from vembed.errors import ConfigError
 from vembed.models.checkpoint_format import NO_POOLING
 from vembed.models.protocol import Encoder, Role
 from vembed.modes import Item
+from vembed.placing import to_device
 from vembed.token_vectors import TokenVectors, Vectors, join_vectors
 
 # Items tokenised together: enough for a chunk to find items of its own length, and few enough that
@@ -95,7 +96,7 @@ def encode_items(
             outputs: list[Tensor] = []
             for rows in chunks:
                 chunk = take_rows(inputs, rows, longest=lengths[rows[0]])
-                on_device = {name: tensor.to(where) for name, tensor in chunk.items()}
+                on_device = {name: to_device(tensor, where) for name, tensor in chunk.items()}
                 output = encoder(normalize=normalize, **on_device).float()
                 if truncate_dim is not None:
                     unit = encoder.normalize if normalize is None else normalize

@@ -28,6 +28,7 @@ from vembed.losses.own_triplets import counts_or_equal
 from vembed.losses.relevance import Relevance, link_components
 from vembed.losses.similarity import unit_rows
 from vembed.losses.tiling import Judge, finite, tiled_similarities
+from vembed.placing import on_host, to_device
 from vembed.token_vectors import cat_items, pad_tokens
 
 _NO_ID = -1
@@ -164,7 +165,8 @@ class GlobalBatch:
         """`[P, D]`, of one row for each of `documents_CD`."""
         if self._ids.is_positive_C.all():
             return rows_CD
-        return rows_CD[self._ids.is_positive_C.to(rows_CD.device)]
+        rows_P = to_device(self._ids.is_positive_C.nonzero().squeeze(1), rows_CD.device)
+        return rows_CD.index_select(0, rows_P)
 
     def linked_queries(self) -> Relevance:
         """Over this process's queries x those of all: pairs that must not be told apart.
@@ -210,13 +212,13 @@ class GlobalBatch:
         counts_negative = counts_or_equal(
             counts_negative, rows=negatives, queries=queries, like=self.query_BD
         )
-        owner_K = torch.arange(queries, device=device).repeat_interleave(
-            counts_negative, output_size=negatives
+        owner_K = torch.arange(queries).repeat_interleave(
+            on_host(counts_negative), output_size=negatives
         )
         first = sum(size.queries for size in self._sizes[: process_index()])
-        owner_ids = self._ids.query_Q[first : first + queries][owner_K.cpu()]
+        owner_ids = self._ids.query_Q[first : first + queries][owner_K]
         relevant = self._ids.pairs(owner_ids, self._negative_ids_K)
-        return OwnNegatives(owner_K, relevant.to(device))
+        return OwnNegatives(to_device(owner_K, device), to_device(relevant, device))
 
     def relevant_queries(self) -> Relevance:
         """Over this process's positives x the queries of all processes."""
@@ -270,22 +272,21 @@ def gather_batch(
         raise ConfigError("this loss needs positives. Received: a batch without them")
     negative = positive[:0] if negative is None else negative
     if counts_positive is None:
-        counts_positive = query.new_full(
-            (len(query),), int(len(query) == len(positive)), dtype=torch.int64
-        )
+        one = int(len(query) == len(positive))
+        counts_positive = to_device(torch.full((len(query),), one), query.device)
     notes = torch.cat(
         [
-            _ids_or_none(ids_query, len(query), query.device),
-            counts_positive,
-            _ids_or_none(ids_positive, len(positive), query.device),
-            _ids_or_none(ids_negative, len(negative), query.device),
+            _ids_or_none(ids_query, len(query)),
+            on_host(counts_positive),
+            _ids_or_none(ids_positive, len(positive)),
+            _ids_or_none(ids_negative, len(negative)),
         ]
     )
     documents = cat_items([positive, negative])
     own = _Sizes(len(query), len(positive), len(negative), len(notes), documents.shape[1])
     sizes = [_Sizes(*numbers) for numbers in gather_numbers(own, query.device)]
-    # The one wait for the device in a loss: which pairs to mask decides the sizes of what follows.
-    ids = _join_ids(gather_rows(notes, [size.notes for size in sizes]).cpu(), sizes)
+    # On the host, because which pairs to mask decides the sizes of what follows.
+    ids = _join_ids(gather_rows(notes, [size.notes for size in sizes]), sizes)
     first = sum(size.positives + size.negatives for size in sizes[: process_index()])
     own_documents = ids.document_C[first : first + len(positive) + len(negative)]
     if not share_negatives:
@@ -385,8 +386,8 @@ class _LogSumExpOverProcesses(torch.autograd.Function):
         return weights_C * all_reduce_sum(grad_C)
 
 
-def _ids_or_none(ids: Tensor | None, count: int, device: torch.device) -> Tensor:
-    return torch.full((count,), _NO_ID, device=device) if ids is None else ids
+def _ids_or_none(ids: Tensor | None, count: int) -> Tensor:
+    return torch.full((count,), _NO_ID) if ids is None else on_host(ids)
 
 
 def _join_ids(notes: Tensor, sizes: list[_Sizes]) -> _Ids:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vembed.distributed import any_process
 from vembed.errors import DataError
+from vembed.placing import on_host, to_device
 
 
 @dataclass(frozen=True)
@@ -40,22 +41,24 @@ def own_triplets(counts_positive: Tensor, counts_negative: Tensor) -> OwnTriplet
         counts_positive: `[B]` positives of each query.
         counts_negative: `[B]` hard negatives of each query.
     """
+    # On the host: how many there are is known there, and no device needs to be asked.
     device = counts_positive.device
-    per_query_B = counts_positive * counts_negative
-    query_T = torch.arange(len(per_query_B), device=device).repeat_interleave(per_query_B)
+    positives_B, negatives_B = on_host(counts_positive), on_host(counts_negative)
+    per_query_B = positives_B * negatives_B
+    query_T = torch.arange(len(per_query_B)).repeat_interleave(per_query_B)
     first_B = per_query_B.cumsum(0) - per_query_B
-    rank_T = torch.arange(len(query_T), device=device) - first_B[query_T]
-    negatives_T = counts_negative[query_T]
+    rank_T = torch.arange(len(query_T)) - first_B[query_T]
+    negatives_T = negatives_B[query_T]
     positive_rank_T = rank_T // negatives_T
     negative_rank_T = rank_T % negatives_T
-    first_positive_B = counts_positive.cumsum(0) - counts_positive
-    first_negative_B = counts_negative.cumsum(0) - counts_negative
+    first_positive_B = positives_B.cumsum(0) - positives_B
+    first_negative_B = negatives_B.cumsum(0) - negatives_B
     return OwnTriplets(
-        query_T=query_T,
-        positive_T=first_positive_B[query_T] + positive_rank_T,
-        negative_T=first_negative_B[query_T] + negative_rank_T,
-        positive_rank_T=positive_rank_T,
-        negative_rank_T=negative_rank_T,
+        query_T=to_device(query_T, device),
+        positive_T=to_device(first_positive_B[query_T] + positive_rank_T, device),
+        negative_T=to_device(first_negative_B[query_T] + negative_rank_T, device),
+        positive_rank_T=to_device(positive_rank_T, device),
+        negative_rank_T=to_device(negative_rank_T, device),
     )
 
 
@@ -74,8 +77,8 @@ def counts_or_equal(counts: Tensor | None, *, rows: int, queries: int, like: Ten
         DataError: if the counts of any process do not add up to its rows; on every process.
     """
     if counts is None:
-        counts = torch.full((queries,), rows // max(1, queries), device=like.device)
-    is_wrong = len(counts) != queries or int(counts.sum()) != rows
+        counts = to_device(torch.full((queries,), rows // max(1, queries)), like.device)
+    is_wrong = len(counts) != queries or int(on_host(counts).sum()) != rows
     if any_process(is_wrong, like.device):
         raise DataError(
             "counts_positive and counts_negative must have one entry per query and add up to the "

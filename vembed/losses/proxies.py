@@ -22,6 +22,7 @@ from vembed.losses.similarity import (
 )
 from vembed.losses.supcon import check_labels
 from vembed.losses.tiling import TileSize, check_tile_size, tiled_logsumexp
+from vembed.placing import on_host
 
 _LEAST_SINE = 1e-6
 """Where the sine's own slope would be infinite, at a similarity of 1."""
@@ -168,7 +169,7 @@ def _proxy_loss(
         item_BD = unit_rows(query)
         class_LD = unit_rows(loss.proxies[:, :prefix_dim]).to(item_BD.dtype)
         scale = similarity_scale(None, loss.temperature, item_BD)
-        labels_B = labels.cpu()
+        labels_B = on_host(labels)
         own_class = Relevance.classes(labels_B, torch.arange(len(class_LD)))
         others_B = tiled_logsumexp(
             item_BD, class_LD, scale=scale, masked=own_class, tile_size=loss.tile_size

@@ -15,6 +15,7 @@ from vembed.losses.similarity import (
     unit_rows,
 )
 from vembed.losses.tiling import TileSize, check_tile_size, tiled_logsumexp
+from vembed.placing import on_host, to_device
 
 
 class SupervisedContrastive(nn.Module):
@@ -65,10 +66,11 @@ class SupervisedContrastive(nn.Module):
         with full_precision(query.device):
             own_BD = unit_rows(query)
             counts = gather_counts(len(query), query.device)
-            all_QD, labels_Q = gather_rows(own_BD, counts), gather_rows(labels, counts)
+            all_QD, labels_Q = gather_rows(own_BD, counts), gather_rows(on_host(labels), counts)
             own = slice(start := sum(counts[: process_index()]), start + len(query))
             _, class_Q = torch.unique(labels_Q, return_inverse=True)
             partners_Q = class_Q.bincount(minlength=len(all_QD))[class_Q] - 1
+            class_Q, partners_Q = (to_device(of, query.device) for of in (class_Q, partners_Q))
 
             scale = similarity_scale(None, self.temperature, own_BD)
             itself = Relevance.identity(first=start, rows=len(query), columns=len(all_QD))

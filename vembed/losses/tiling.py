@@ -24,6 +24,7 @@ from vembed.errors import ConfigError
 from vembed.losses.comparison import COSINE, Comparison
 from vembed.losses.relevance import Relevance
 from vembed.losses.similarity import full_precision
+from vembed.placing import to_device
 
 TILE_BYTES = 32 * 2**20
 
@@ -302,7 +303,7 @@ class _Tiling:
                 columns_cD = factors.columns_CD[columns]
                 seen = self.comparison.compare(scaled_rD, columns_cD, bias, scores)
                 if len(index[0]):
-                    scores[tuple(i.to(scores.device, non_blocking=True) for i in index)] = -math.inf
+                    scores[tuple(to_device(i, scores.device) for i in index)] = -math.inf
                 yield _Tile(rows, columns, (*copies, scores), seen)
 
     def look(self, tile: _Tile) -> Iterator[_Side]:

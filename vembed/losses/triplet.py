@@ -23,6 +23,7 @@ from vembed.losses.relevance import Relevance
 from vembed.losses.similarity import dot_products, full_precision, unit_rows
 from vembed.losses.supcon import check_labels
 from vembed.losses.tiling import TILE_BYTES
+from vembed.placing import on_host
 
 BatchTriplets = Literal["all", "hard", "semi_hard"]
 """Which triplets of the global batch count."""
@@ -191,7 +192,7 @@ class LabelTriplet(nn.Module):
         with full_precision(query.device):
             own_BD = unit_rows(query)
             counts = gather_counts(len(query), query.device)
-            all_QD, labels_Q = gather_rows(own_BD, counts), gather_rows(labels, counts).cpu()
+            all_QD, labels_Q = gather_rows(own_BD, counts), gather_rows(on_host(labels), counts)
             start = sum(counts[: process_index()])
             return _batch_loss(
                 own_BD,

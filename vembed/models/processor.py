@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from vembed.models.checkpoint_format import CheckpointSettings
 from vembed.models.prompts import Prompts
 from vembed.models.protocol import Role
 from vembed.modes import Item
+from vembed.tokens import Padding, Tokens
 
 
 class TextProcessor:
@@ -64,7 +67,7 @@ class TextProcessor:
         self.prompts = Prompts(query_prompt, document_prompt, default_prompt)
         names = [n for n in input_names if not (fixed_length and n == "attention_mask")]
         self._input_names = tuple(names)
-        self._padding = "max_length" if fixed_length else True
+        self._fixed_length = fixed_length
 
     @property
     def max_seq_length(self) -> int:
@@ -107,6 +110,19 @@ class TextProcessor:
     ) -> dict[str, Tensor]:
         """Token ids `[B, T]` and what goes with them, padded to the longest of `items`.
 
+        The arguments are those of `tokenize`.
+        """
+        return self.padding.inputs(self.tokenize(items, role=role, prompts=prompts))
+
+    def tokenize(
+        self,
+        items: Sequence[Item],
+        *,
+        role: Role | None,
+        prompts: Sequence[str | None] | None = None,
+    ) -> Tokens:
+        """The tokens of each item, without padding.
+
         Args:
             items: B texts.
             role: Decides the prompt; None stands for the checkpoint's default prompt.
@@ -118,22 +134,62 @@ class TextProcessor:
         """
         chosen = self.prompts.of_items(len(items), role, prompts)
         texts = [prompt + _text_of(item) for prompt, item in zip(chosen, items, strict=True)]
-        inputs = self.tokenizer(
+        has_types = "token_type_ids" in self._input_names
+        found = self.tokenizer(
             texts,
-            padding=self._padding,
             truncation=True,
             max_length=self.max_seq_length,
-            return_token_type_ids="token_type_ids" in self._input_names,
-            return_attention_mask=True,
-            return_tensors="pt",
+            return_token_type_ids=has_types,
+            return_attention_mask=False,
         )
-        tensors = {name: inputs[name] for name in self._input_names}
-        empty = (inputs["attention_mask"].sum(1) == 0).nonzero()
+        ids = found["input_ids"]
+        tokens = Tokens.of_lists(ids, found["token_type_ids"] if has_types else None)
+        empty = np.flatnonzero(tokens.lengths == 0)
         if len(empty):
             raise DataError(
-                f"a text gives no token, so it has no embedding. Received: {texts[int(empty[0])]!r}"
+                f"a text gives no token, so it has no embedding. Received: {texts[empty[0]]!r}"
             )
-        return tensors
+        return tokens
+
+    @property
+    def padding(self) -> Padding:
+        """How tokens are padded."""
+        return Padding(
+            self._input_names,
+            token_id=self.tokenizer.pad_token_id,
+            token_type=self.tokenizer.pad_token_type_id,
+            side=self.tokenizer.padding_side,
+            width=self.max_seq_length if self._fixed_length else None,
+        )
+
+    @property
+    def can_store_tokens(self) -> bool:
+        """Whether `token_key` knows all about the tokenizer: not of one that is code of its own."""
+        is_own_code = type(self.tokenizer).__module__.startswith("transformers_modules")
+        return self.tokenizer.is_fast and not is_own_code
+
+    def token_key(self) -> str:
+        """A hash of all that decides what `tokenize` returns, beside the items."""
+        tokenizer = self.tokenizer
+        rust = json.loads(tokenizer.backend_tokenizer.to_str())
+        # What the last call left behind.
+        rust.pop("padding", None)
+        rust.pop("truncation", None)
+        settings = {
+            name: value
+            for name, value in tokenizer.init_kwargs.items()
+            if isinstance(value, str | int | float | bool) and not _is_place(name)
+        }
+        parts = [
+            rust,
+            type(tokenizer).__name__,
+            settings,
+            tokenizer.truncation_side,
+            self.max_seq_length,
+            self._input_names,
+            vars(self.prompts),
+        ]
+        return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the tokenizer, the same bytes whatever it was called with before."""
@@ -155,6 +211,11 @@ def forget_calls(tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.no_truncation()
     # Else a side that was changed here is left out, and readers take that of the class.
     tokenizer.init_kwargs["padding_side"] = tokenizer.padding_side
+
+
+def _is_place(name: str) -> bool:
+    """Whether a setting says where a tokenizer was found, and not what it does."""
+    return name.endswith(("_file", "_path", "_dir"))
 
 
 def _text_of(item: Item) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -18,6 +19,7 @@ from vembed.chunking import count_rows as count_input_rows
 from vembed.chunking import count_tokens
 from vembed.data import BORROWED
 from vembed.modes import IMAGE, TEXT, RetrievalMode
+from vembed.placing import to_device
 
 ROLES = ("query", "positive", "negative")
 TEACHER_PREFIX = "teacher_"
@@ -115,6 +117,22 @@ def row_lengths(
         role: batch.get(f"{prefix}lengths_{role}") or count_tokens(of_role)
         for role, of_role in inputs.items()
     }
+
+
+def place_batch(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """The batch on a device, without waiting for it; see `vembed.placing`."""
+
+    def placed(value: Any) -> Any:
+        is_tensor = isinstance(value, Tensor)
+        return to_device(value, device) if is_tensor else send_to_device(value, device)
+
+    return {key: placed(value) for key, value in batch.items()}
+
+
+def row_keys(batch: Mapping[str, Any]) -> dict[str, list[int]]:
+    """By role, what the collator says of which rows have the same input; empty if it does not."""
+    keys = {role: batch.get(f"keys_{role}") for role in ROLES}
+    return {role: of_role for role, of_role in keys.items() if of_role is not None}
 
 
 def concat_batches(

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from vembed.chunking import DEFAULT_CHUNK_TOKENS
@@ -27,6 +26,8 @@ from vembed.token_vectors import TokenVectors, Vectors
 from vembed.training.data_utils import (
     maybe_first,
     own_rows,
+    place_batch,
+    row_keys,
     row_lengths,
     unpack_extras,
     unpack_roles,
@@ -129,12 +130,13 @@ class Evaluator:
         device = self.accelerator.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for batch in self._batches(val_dataloader):
-            placed = send_to_device(batch, device)
+            placed = place_batch(batch, device)
             inputs = unpack_roles(placed, self.retrieval_mode)
             embeddings = cache.embed(
                 encode=lambda inputs: maybe_first(encoder(**inputs)),
                 inputs=inputs,
                 lengths=row_lengths(placed, inputs),
+                keys=row_keys(placed),
             )
             embeddings = own_rows(embeddings, batch)
             extras = unpack_extras(placed)

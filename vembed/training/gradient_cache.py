@@ -11,6 +11,7 @@ plain step; with none kept it is the classical gradient cache.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +21,9 @@ from torch import Tensor
 
 from vembed.chunking import chunk_overhead, plan_chunks, take_rows
 from vembed.distributed import any_process, local_processes, min_over_processes
+from vembed.placing import index_tensor
 from vembed.token_vectors import cat_items
+from vembed.training.copies import Copies, Place
 from vembed.training.memory import SavedBytes, available_bytes
 from vembed.training.objective import Embeddings, StepLoss
 
@@ -111,6 +114,7 @@ class GradientCache:
         lengths: Mapping[str, Sequence[int]],
         objective: Callable[[Embeddings], StepLoss],
         backward: Callable[[Tensor], None],
+        keys: Mapping[str, Sequence[int]] | None = None,
     ) -> StepLoss:
         """Add the gradient of `objective` to the parameters' `.grad`.
 
@@ -124,17 +128,20 @@ class GradientCache:
             objective: Embeddings by role to the loss.
             backward: Differentiates a scalar. Loss scaling is applied in it, once, and reaches the
                 encoder through the embeddings' gradient.
+            keys: By role, a number for each row; rows of the same number have the same input, which
+                is encoded once (see `vembed.training.copies`). None encodes every row.
 
         Returns:
             The loss, its total without a graph.
         """
-        chunks = self._encode_all(encode, inputs, lengths)
-        leaves = _in_row_order(chunks)
+        copies = Copies.find(lengths, keys or {})
+        chunks = self._encode_all(encode, inputs, lengths, copies)
+        leaves = _in_row_order(chunks, copies)
         for leaf in leaves.values():
             leaf.requires_grad_()
         loss = objective(leaves)
         backward(loss.total)
-        _backward_chunks(chunks, encode, inputs, leaves)
+        _backward_chunks(chunks, encode, inputs, leaves, copies)
         return StepLoss(loss.total.detach(), loss.parts, loss.weights)
 
     def embed(
@@ -143,41 +150,53 @@ class GradientCache:
         encode: Encode,
         inputs: Mapping[str, Mapping[str, Tensor]],
         lengths: Mapping[str, Sequence[int]],
+        keys: Mapping[str, Sequence[int]] | None = None,
     ) -> Embeddings:
         """Embeddings by role without gradient, through the same chunks."""
-        plans = self.plan(inputs, lengths)
-        return _in_row_order([_encode_chunk(p, encode, inputs, kept=False) for p in plans])
+        copies = Copies.find(lengths, keys or {})
+        plans = self.plan(inputs, lengths, copies)
+        chunks = [_encode_chunk(plan, encode, inputs, kept=False) for plan in plans]
+        return _in_row_order(chunks, copies)
 
     def plan(
-        self, inputs: Mapping[str, Mapping[str, Tensor]], lengths: Mapping[str, Sequence[int]]
+        self,
+        inputs: Mapping[str, Mapping[str, Tensor]],
+        lengths: Mapping[str, Sequence[int]],
+        copies: Copies | None = None,
     ) -> list[_Plan]:
         """How a batch would be cut: chunks of each role in turn, the longest sequences first."""
-        return [
-            _Plan(role, rows, max(of_role[row] for row in rows))
-            for role, of_role in lengths.items()
-            for rows in plan_chunks(
-                of_role,
+        overhead = chunk_overhead(_device_of(inputs).type)
+        plans = []
+        for role, rows in (copies or Copies.find(lengths, {})).encoded.items():
+            of_rows = [lengths[role][row] for row in rows]
+            chunks = plan_chunks(
+                of_rows,
                 max_items=self.chunk_size,
                 max_tokens=self.chunk_tokens,
-                overhead=chunk_overhead(_device_of(inputs).type),
+                overhead=overhead,
             )
-        ]
+            plans += [
+                _Plan(role, [rows[i] for i in chunk], max(of_rows[i] for i in chunk))
+                for chunk in chunks
+            ]
+        return plans
 
     def _encode_all(
         self,
         encode: Encode,
         inputs: Mapping[str, Mapping[str, Tensor]],
         lengths: Mapping[str, Sequence[int]],
+        copies: Copies,
     ) -> list[_Chunk]:
         """The first pass; with an automatic chunk size, in smaller chunks until it fits."""
         device = _device_of(inputs)
         if self._measures and self._budget is None:
             self._look_at_memory(encode, inputs, lengths)
         if not self._backs_off:
-            return self._encode_plans(self.plan(inputs, lengths), encode, inputs)
+            return self._encode_plans(self.plan(inputs, lengths, copies), encode, inputs)
         before = RandomState(device)
         while True:
-            plans = self.plan(inputs, lengths)
+            plans = self.plan(inputs, lengths, copies)
             chunks: list[_Chunk] | None = None
             try:
                 chunks = self._encode_plans(plans, encode, inputs)
@@ -279,8 +298,9 @@ def _backward_chunks(
     encode: Encode,
     inputs: Mapping[str, Mapping[str, Tensor]],
     leaves: Embeddings,
+    copies: Copies,
 ) -> None:
-    grads = [_grad_rows(leaves[chunk.plan.role], chunk) for chunk in chunks]
+    grads = [_grad_rows(leaves, chunk, copies) for chunk in chunks]
     pairs = list(zip(chunks, grads, strict=True))
     # Together, so that gradients of one parameter are summed as in a single graph; and first, so
     # that their memory is free when the rest is encoded again.
@@ -302,24 +322,45 @@ def _device_of(inputs: Mapping[str, Mapping[str, Tensor]]) -> torch.device:
     return next(iter(next(iter(inputs.values())).values())).device
 
 
-def _in_row_order(chunks: list[_Chunk]) -> Embeddings:
+def _in_row_order(chunks: list[_Chunk], copies: Copies) -> Embeddings:
     """Embeddings by role, without a graph, in the order of the batch's rows."""
+    outputs: dict[str, list[Tensor]] = {}
+    position: dict[Place, int] = {}
+    encoded: Counter[str] = Counter()
+    for chunk in chunks:
+        role = chunk.plan.role
+        outputs.setdefault(role, []).append(chunk.output.detach())
+        position |= {(role, row): encoded[role] + i for i, row in enumerate(chunk.plan.rows)}
+        encoded[role] += len(chunk.plan.rows)
     embeddings: Embeddings = {}
-    for role in dict.fromkeys(chunk.plan.role for chunk in chunks):
-        of_role = [chunk for chunk in chunks if chunk.plan.role == role]
-        stacked = cat_items([chunk.output.detach() for chunk in of_role])
-        order = torch.tensor([row for chunk in of_role for row in chunk.plan.rows])
-        embeddings[role] = stacked[order.argsort().to(stacked.device)]
+    for role, origins in copies.origin.items():
+        start: dict[str, int] = {}
+        end = 0
+        for used, _ in origins:
+            if used not in start:
+                start[used], end = end, end + encoded[used]
+        stacked = cat_items([output for used in start for output in outputs[used]])
+        order = [start[place[0]] + position[place] for place in origins]
+        embeddings[role] = stacked.index_select(0, index_tensor(order, stacked.device))
     return embeddings
 
 
-def _grad_rows(leaf: Tensor, chunk: _Chunk) -> Tensor:
-    """The gradient of a chunk's output; zero where the loss did not use the role."""
+def _grad_rows(leaves: Embeddings, chunk: _Chunk, copies: Copies) -> Tensor:
+    """The gradient of a chunk's output: of its rows and of all their copies."""
+    role, rows = chunk.plan.role, chunk.plan.rows
+    grad = _grad_of(leaves[role], rows, chunk.output)
+    for found in copies.rounds(role, rows):
+        of_copies = _grad_of(leaves[found.role], found.rows, chunk.output)
+        grad.index_add_(0, index_tensor(found.positions, grad.device), of_copies)
+    return grad
+
+
+def _grad_of(leaf: Tensor, rows: list[int], output: Tensor) -> Tensor:
+    """The gradient of some rows; zero where the loss did not use the role."""
     if leaf.grad is None:
-        return torch.zeros_like(chunk.output)
-    rows = torch.tensor(chunk.plan.rows, device=leaf.device)
+        return output.new_zeros(len(rows), *output.shape[1:])
     # Of token vectors, without those that `cat_items` added.
-    return leaf.grad.index_select(0, rows)[:, : chunk.output.shape[1]]
+    return leaf.grad.index_select(0, index_tensor(rows, leaf.device))[:, : output.shape[1]]
 
 
 def _backward(outputs: list[Tensor], grads: list[Tensor]) -> None:

@@ -19,6 +19,7 @@ from vembed.training.data_utils import (
     ROLES,
     maybe_first,
     own_rows,
+    row_keys,
     row_lengths,
     unpack_roles,
 )
@@ -68,6 +69,7 @@ class Guide:
             encode=lambda inputs: maybe_first(self.encoder(**inputs)),
             inputs=inputs,
             lengths=row_lengths(own, inputs),
+            keys=row_keys(batch),
         )
         of_rows = own_rows(embeddings, batch)
         return {f"{GUIDE_PREFIX}{role}": rows for role, rows in of_rows.items()}

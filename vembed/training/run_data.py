@@ -14,17 +14,21 @@ from torch.utils.data import DataLoader
 from vembed.config import TrainConfig
 from vembed.data import (
     BadRecord,
+    Collator,
     ImageRules,
     OnProgress,
     Quarantine,
     RecordDataset,
     StreamingRecordDataset,
+    TokenCollator,
     build_dataloader,
     load_dataset_records,
+    open_token_store,
     split_holdout,
 )
 from vembed.data.file_names import data_folder, file_name_warning, is_image_name
 from vembed.evaluation import EvalTask, load_eval_task, task_from_records
+from vembed.models.processor import TextProcessor
 from vembed.modes import Item, RetrievalMode
 from vembed.training.overlap import find_overlap
 
@@ -184,6 +188,26 @@ def load_task(
     )
 
 
+def token_collator(config: TrainConfig, rows: Rows, collate: Any) -> TokenCollator | None:
+    """What makes batches of stored tokens; None where they are made from rows.
+
+    Stored are the tokens of texts that are not streamed, where batches hold nothing but what the
+    model that trains reads of them.
+
+    Raises:
+        DataError: if a text gives no token, or tokens cannot be stored.
+    """
+    # Collators of another type add what a teacher or a guide reads.
+    if not config.token_cache or type(collate) is not Collator:
+        return None
+    processor = collate.processor
+    if not (isinstance(processor, TextProcessor) and processor.can_store_tokens):
+        return None
+    if not isinstance(rows, RecordDataset):
+        return None
+    return TokenCollator(open_token_store(rows, processor), processor.padding, rows)
+
+
 def build_train_loader(
     config: TrainConfig,
     data: RunData,
@@ -204,6 +228,7 @@ def build_train_loader(
     return build_dataloader(
         data.train,
         collate,
+        tokens=token_collator(config, data.train, collate),
         batch_size=config.batch_size,
         seed=config.seed,
         process_index=accelerator.process_index,
@@ -225,6 +250,7 @@ def build_validation_loader(
     return build_dataloader(
         data.validation,
         collate,
+        tokens=token_collator(config, data.validation, collate),
         batch_size=config.batch_size,
         seed=config.seed,
         process_index=accelerator.process_index,

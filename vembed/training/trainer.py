@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -26,6 +26,8 @@ from vembed.training.data_utils import (
     Inputs,
     maybe_first,
     own_rows,
+    place_batch,
+    row_keys,
     row_lengths,
     teacher_batch,
     teacher_vectors,
@@ -184,7 +186,7 @@ class Trainer:
         Args:
             batch: As the dataloader gives it, on any device.
         """
-        placed = send_to_device(batch, self.accelerator.device)
+        placed = place_batch(batch, self.accelerator.device)
         if self._sharded is not None:
             self._sharded.gather()
         if self.config.use_gradient_cache:
@@ -327,6 +329,7 @@ class Trainer:
             encode=self._embed,
             inputs=inputs,
             lengths=lengths,
+            keys=row_keys(batch),
             objective=objective,
             backward=self.accelerator.backward,
         )
@@ -360,6 +363,7 @@ class Trainer:
             encode=lambda inputs: maybe_first(teacher(**inputs)),
             inputs=inputs,
             lengths=row_lengths(own, inputs),
+            keys=row_keys(batch),
         )
         return own_rows(embeddings, batch)
 

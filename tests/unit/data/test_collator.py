@@ -133,3 +133,17 @@ def test_an_image_beside_a_text_costs_both():
 
     batch = Collator(both)(RECORDS)
     assert batch["lengths_query"] == [196 + length for length in (4, 3, 4)]
+
+
+def test_keys_are_equal_where_the_model_input_is():
+    same = Item("red apple")
+    records = [
+        Record(query=same, positives=(same, Item("b")), negatives=(Item("c"), Item("b"))),
+        Record(query=same, positives=(Item("b"),), document_prompt="passage: "),
+        Record(query=Item("other"), positives=(Item("c"),), query_prompt=""),
+    ]
+    batch = Collator(WordProcessor())(records)
+    assert batch["keys_query"] == [0, 0, 1]
+    # Never those of a query; not those of the same text under another prompt.
+    assert batch["keys_positive"] == [2, 3, 4, 5]
+    assert batch["keys_negative"] == [5, 3]

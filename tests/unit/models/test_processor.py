@@ -3,6 +3,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
+import torch
 from tokenizers import processors
 from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
@@ -174,3 +175,26 @@ def test_it_travels_to_worker_processes():
     process = processor(query_prompt="find ")
     copied = pickle.loads(pickle.dumps(process))
     assert decoded(copied, copied(items("a dog"), role="query")) == ["find a dog"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_padding_is_that_of_the_tokenizer(side, fixed):
+    texts = ["red apple", "a", "the big old house on the hill in the north"]
+    names = ["input_ids", "token_type_ids", *([] if fixed else ["attention_mask"])]
+    tokenizer = wordpiece_tokenizer()
+    tokenizer.padding_side = side
+    tokenizer._pad_token_type_id = 2
+    expected = tokenizer(
+        texts,
+        padding="max_length" if fixed else True,
+        truncation=True,
+        max_length=8,
+        return_tensors="pt",
+    )
+    made = TextProcessor(tokenizer, max_seq_length=8, input_names=names, fixed_length=fixed)
+    inputs = made([Item(text) for text in texts], role=None)
+    assert list(inputs) == names
+    for name, tensor in inputs.items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name])

@@ -68,6 +68,7 @@ OTHER = {
     "streaming": ("true", True),
     "shuffle_buffer_size": ("5", 5),
     "num_workers": ("2", 2),
+    "token_cache": ("false", False),
     "max_train_samples": ("7", 7),
     "drop_last": ("true", True),
     "batch_sampler": ("class_balanced", "class_balanced"),

@@ -16,6 +16,7 @@ from vembed.distributed import all_reduce_sum, process_count
 from vembed.errors import ConfigError, DataError
 from vembed.losses.distillation.rows import check_rows
 from vembed.losses.similarity import check_temperature, full_precision, unit_rows
+from vembed.placing import on_host, to_device
 
 Form = Literal["kl", "margin_mse"]
 
@@ -142,10 +143,13 @@ class Candidates:
         negative = student.get("negative")
         if positive is None:
             raise ConfigError("score: needs positives. Received: a batch without them")
-        self.device, rows = query.device, len(query)
-        ones = torch.ones(rows, dtype=torch.int64, device=self.device)
-        of_positive = ones if counts_positive is None else counts_positive
-        of_negative = ones * 0 if counts_negative is None or negative is None else counts_negative
+        device, rows = query.device, len(query)
+        ones = torch.ones(rows, dtype=torch.int64)
+        # On the host: the layout decides sizes.
+        of_positive = ones if counts_positive is None else on_host(counts_positive)
+        of_negative = ones * 0
+        if counts_negative is not None and negative is not None:
+            of_negative = on_host(counts_negative)
         negatives = 0 if negative is None else len(negative)
         if rows and (int(of_positive.sum()), int(of_negative.sum())) != (len(positive), negatives):
             raise DataError(
@@ -154,17 +158,20 @@ class Candidates:
                 f"positives and {negatives} negatives"
             )
         width = int((of_positive + of_negative).max()) if rows else 0
-        column_C = torch.arange(width, device=self.device)
-        self.positive_BC = column_C < of_positive[:, None]
-        self.real_BC = column_C < (of_positive + of_negative)[:, None]
+        column_C = torch.arange(width)
+        positive_BC = column_C < of_positive[:, None]
+        real_BC = column_C < (of_positive + of_negative)[:, None]
         first_positive = (of_positive.cumsum(0) - of_positive)[:, None]
         first_negative = (of_negative.cumsum(0) - of_negative - of_positive)[:, None]
         document_BC = torch.where(
-            self.positive_BC,
+            positive_BC,
             first_positive + column_C,
             len(positive) + first_negative + column_C,
         )
-        self._document_BC = document_BC.masked_fill(~self.real_BC, 0)
+        self.device = device
+        self.positive_BC = to_device(positive_BC, device)
+        self.real_BC = to_device(real_BC, device)
+        self._document_BC = to_device(document_BC.masked_fill(~real_BC, 0), device)
 
     def scores(self, embeddings: Mapping[str, Tensor], similarity: str = "cosine") -> Tensor:
         """`[B, C]`; those of no candidate are arbitrary."""
@@ -179,11 +186,11 @@ class Candidates:
     def fit(self, teacher_scores: Tensor) -> Tensor:
         """Scores of the rows, without columns that no row of this process has."""
         width = self.real_BC.shape[1]
-        real = teacher_scores.isfinite()
-        if teacher_scores.shape[1] < width or not torch.equal(real[:, :width], self.real_BC):
+        real, expected = on_host(teacher_scores).isfinite(), on_host(self.real_BC)
+        if teacher_scores.shape[1] < width or not torch.equal(real[:, :width], expected):
             raise DataError(
                 "teacher_scores: expected one for each positive and negative. Received: "
-                f"{real.sum(1).tolist()} scores for {self.real_BC.sum(1).tolist()} candidates"
+                f"{real.sum(1).tolist()} scores for {expected.sum(1).tolist()} candidates"
             )
         return teacher_scores[:, :width].masked_fill(~self.real_BC, 0)
 
