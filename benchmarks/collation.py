@@ -33,23 +33,6 @@ def run_vembed(meter: Meter, *, settings: dict[str, Any], batches: int) -> None:
     draw(meter, epochs_of(loader), batches)
 
 
-def run_in_step(meter: Meter, *, settings: dict[str, Any], batches: int) -> None:
-    from vembed.data import Collator
-
-    trainer = build_vembed(settings)
-    collate = Collator(trainer.accelerator.unwrap_model(trainer.model).processor)
-    rows = trainer.dataloader.dataset
-    sampler = trainer.dataloader.batch_sampler
-
-    def tokenized() -> Any:
-        for epoch in count():
-            sampler.set_epoch(epoch)
-            yield from (collate(rows.__getitems__(numbers)) for numbers in sampler)
-
-    show_ids(meter, next(tokenized()))
-    draw(meter, tokenized(), batches)
-
-
 def run_peer(meter: Meter, *, settings: dict[str, Any], batches: int) -> None:
     loader = build_peer(read_jsonl(Path(settings["data_path"])), settings).get_train_dataloader()
     show_ids(meter, next(iter(loader)))
@@ -95,11 +78,12 @@ def main(argv: list[str] | None = None) -> None:
             output=f"{folder}/run",
         ) | {"device": "cpu"}
         shared = {"settings": settings, "batches": batches}
+        in_step = settings | {"token_cache": False}
         bench.compare(
             f"batches of {batch} pairs",
             [
                 Variant("vembed", run_vembed, shared),
-                Variant("in the step", run_in_step, shared),
+                Variant("in the step", run_vembed, shared | {"settings": in_step}),
                 Variant("peer", run_peer, shared),
             ],
             units=batches,
