@@ -39,7 +39,11 @@ from typing import Any
 import numpy as np
 import psutil
 
-PACKAGES = ("torch", "transformers", "accelerate", "sentence-transformers")
+PEER = "peer"
+"""Name of a variant that needs sentence-transformers."""
+
+PEER_PACKAGE = "sentence-transformers"
+PACKAGES = ("torch", "transformers", "accelerate", PEER_PACKAGE)
 
 _PRELOADED = [
     "torch",
@@ -268,7 +272,7 @@ class Bench:
         Raises:
             RuntimeError: if a variant fails, or shows other numbers than the first.
         """
-        chosen = [v for v in variants if not self.only or v.name in self.only]
+        chosen = self._choose(variants)
         with tempfile.TemporaryDirectory(prefix="vembed-bench-") as folder:
             workers = [_Worker(v, self, Path(folder)) for v in chosen]
             try:
@@ -294,6 +298,15 @@ class Bench:
         if self.results is not None:
             self._write(found)
         return found
+
+    def _choose(self, variants: Sequence[Variant]) -> list[Variant]:
+        chosen = [v for v in variants if not self.only or v.name in self.only]
+        if _version(PEER_PACKAGE) == "absent":
+            print(f"{PEER_PACKAGE} is not installed: nothing to compare with")
+            chosen = [v for v in chosen if v.name != PEER]
+        if not chosen:
+            raise SystemExit(f"--variants: there are {', '.join(v.name for v in variants)}")
+        return chosen
 
     def _write(self, found: Comparison) -> None:
         assert self.results is not None
