@@ -78,7 +78,7 @@ class Round:
         cpu_s: CPU time of the process, of its children that ended, and what it told of others.
         wall_s: Time on the clock.
         peak_mib: Peak of memory above what was in use before the first round: of the accelerator
-            where there is one, else resident memory. Of a program that was started, all of it.
+            where there is one, else resident memory.
         tokens: What the encoder was given, padding and repetition included.
     """
 
@@ -130,9 +130,9 @@ class Meter:
         wall, cpu = self._started
         spent = _cpu_seconds() - cpu + self._other_cpu_s
         wall = time.perf_counter() - wall
-        peak = max(_peak_bytes(self._device) - self._base, _largest_child_bytes())
+        peak = (_peak_bytes(self._device) - self._base) / 2**20
         self._started = None
-        self._pipe.send(("round", Round(spent, wall, peak / 2**20, self.tokens)))
+        self._pipe.send(("round", Round(spent, wall, peak, self.tokens)))
 
     def tell(self, **facts: float | str) -> None:
         """A fact about the variant, to be shown or compared."""
@@ -189,7 +189,10 @@ class Comparison:
         real = [facts["real_tokens"] for facts in self.facts.values() if "real_tokens" in facts]
         extra = sorted({key for f in self.facts.values() for key in f} - {"real_tokens"})
         shown = sorted({key for d in self.differences.values() for key in d})
-        head = [self.title, f"{self.unit} per CPU-s", f"{self.unit} per s", f"CPU time / {first}"]
+        rates = ["CPU s", "s"]
+        if self.units > 1:
+            rates = [f"{self.unit} per CPU-s", f"{self.unit} per s"]
+        head = [self.title, *rates, f"CPU time / {first}"]
         head += ["wall time", "peak MiB", *(["tokens / real"] if real else []), *extra]
         head += [f"difference of {what}" for what in shown]
         lines = [_row(head), _row(["---"] * len(head))]
@@ -197,7 +200,8 @@ class Comparison:
             cells = [name, *(_number(self._rate(name, what)) for what in ("cpu_s", "wall_s"))]
             cells.append(_spread(self.ratios(name)) if name != first else "1")
             cells.append(_spread(self.ratios(name, "wall_s")) if name != first else "1")
-            cells.append(f"{self.median(name, 'peak_mib'):,.0f}")
+            peak = self.median(name, "peak_mib")
+            cells.append(f"{peak:,.0f}" if peak >= 1 else "")
             if real:
                 tokens = self.median(name, "tokens")
                 cells.append(f"{tokens / real[0]:.2f}" if tokens else "")
@@ -208,7 +212,8 @@ class Comparison:
         return "\n".join(lines)
 
     def _rate(self, name: str, what: str) -> float:
-        return self.units / max(self.median(name, what), 1e-9)
+        median = max(self.median(name, what), 1e-9)
+        return self.units / median if self.units > 1 else median
 
 
 def _spread(ratios: Sequence[float]) -> str:
@@ -443,11 +448,6 @@ def _peak_bytes(device: str) -> int:
         return int(torch.accelerator.max_memory_allocated(device))
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) * 1024
-
-
-def _largest_child_bytes() -> int:
-    """Of the children that have ended, such as commands that are measured."""
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
 def _synchronize(device: str) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +120,14 @@ def timed_step() -> float:
     return time.process_time() - started
 
 
-def count_collectives() -> int:
+def count_collectives() -> str:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU]) as found:
         step()
-    return sum(event.name.startswith("gloo:") for event in found.events())
+    names = (event.name for event in found.events() if event.name.startswith("gloo:"))
+    counts = Counter(name.removeprefix("gloo:") for name in names)
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def main(argv: list[str] | None = None) -> None:
