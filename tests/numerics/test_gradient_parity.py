@@ -279,8 +279,8 @@ def test_a_reference_with_other_masks_would_measure_noise(make_config):
 def test_double_loss_scaling_is_seen(make_config, monkeypatch):
     original = gradient_cache._grad_rows
 
-    def scaled_again(leaf, rows):
-        return original(leaf, rows) * LOSS_SCALING.loss_scale
+    def scaled_again(*args):
+        return original(*args) * LOSS_SCALING.loss_scale
 
     monkeypatch.setattr(gradient_cache, "_grad_rows", scaled_again)
     verification = verify(make_config(), LOSS_SCALING)

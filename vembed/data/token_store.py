@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 1
 _WINDOW_ROWS = 4096
+_MANY_ROWS = 100_000
+"""From so many on it takes so long that the user is told."""
 _ROLES = ("query", "positive", "negative")
 # The ids have no header, because they are written before their number is known.
 _IDS, _TYPES = "ids.int32", "types.int8"
@@ -205,6 +207,8 @@ def open_token_store(dataset: RecordDataset, processor: TokenizingProcessor) -> 
             shutil.rmtree(part, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
             part.mkdir()
+            if len(dataset) >= _MANY_ROWS:
+                logger.info("tokenising %s rows, once; they are kept in %s", len(dataset), folder)
             _write(part, dataset, processor)
             part.rename(folder)
             _sync(root)

@@ -165,6 +165,8 @@ class GradientCache:
         copies: Copies | None = None,
     ) -> list[_Plan]:
         """How a batch would be cut: chunks of each role in turn, the longest sequences first."""
+        if not lengths:
+            return []
         overhead = chunk_overhead(_device_of(inputs).type)
         plans = []
         for role, rows in (copies or Copies.find(lengths, {})).encoded.items():

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from vembed.chunking import take_rows
 from vembed.losses.matryoshka import innermost
 from vembed.token_vectors import cat_items, pad_tokens
+from vembed.training.copies import Copies, Place
 from vembed.training.data_utils import (
     ROLES,
     Inputs,
     maybe_first,
     own_rows,
+    row_keys,
     row_lengths,
     teacher_batch,
     teacher_vectors,
@@ -101,7 +103,8 @@ def replayed_gradients(
 def embed_in_chunks(trainer: Trainer, batch: Batch) -> Embeddings:
     """Embeddings by role, each row in the chunk that the Trainer's next step puts it into."""
     inputs = _inputs(trainer, batch)
-    return own_rows(_in_chunks(trainer, inputs, row_lengths(batch, inputs), _embed), batch)
+    copies = Copies.find(row_lengths(batch, inputs), row_keys(batch))
+    return own_rows(_in_chunks(trainer, inputs, copies, row_lengths(batch, inputs), _embed), batch)
 
 
 def chunks_of(trainer: Trainer) -> GradientCache:
@@ -175,24 +178,26 @@ def _teach_in_chunks(trainer: Trainer, batch: Batch) -> Embeddings:
         return given
     inputs = _taught(trainer, batch)
     lengths = row_lengths(teacher_batch(batch), inputs)
-    return own_rows(_in_chunks(trainer, inputs, lengths, _teach), batch)
+    copies = Copies.find(lengths, row_keys(batch))
+    return own_rows(_in_chunks(trainer, inputs, copies, lengths, _teach), batch)
 
 
 def _in_chunks(
     trainer: Trainer,
     inputs: dict[str, Inputs],
+    copies: Copies,
     lengths: dict[str, list[int]],
     encode: Callable[[Trainer, Inputs], Tensor],
 ) -> Embeddings:
-    outputs: dict[str, list[Tensor]] = {role: [] for role in inputs}
-    rows: dict[str, list[int]] = {role: [] for role in inputs}
-    for chunk in chunks_of(trainer).plan(inputs, lengths):
+    """Embeddings by role; a copy has that of the row that is encoded, and so its dropout mask."""
+    encoded: dict[Place, Tensor] = {}
+    for chunk in chunks_of(trainer).plan(inputs, lengths, copies):
         taken = take_rows(inputs[chunk.role], chunk.rows, chunk.longest)
-        outputs[chunk.role].append(encode(trainer, taken))
-        rows[chunk.role] += chunk.rows
+        output = encode(trainer, taken)
+        encoded |= {(chunk.role, row): output[[i]] for i, row in enumerate(chunk.rows)}
     return {
-        role: cat_items(of_role)[torch.tensor(rows[role]).argsort()]
-        for role, of_role in outputs.items()
+        role: cat_items([encoded[origin] for origin in origins])
+        for role, origins in copies.origin.items()
     }
 
 
