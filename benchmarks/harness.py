@@ -380,10 +380,20 @@ def _context() -> Any:
     return context
 
 
+def call_apart(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call it in a process that has torch loaded already, which this one need not have."""
+    process = _context().Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{function.__name__} failed; see above")
+
+
 def _work(pipe: Connection, variant: Variant, folder: Path, threads: int, device: str) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    gc.freeze()  # or each collection before a round looks at all that was imported
     try:
         variant.run(Meter(pipe, folder, variant.name, device), **variant.settings)
     except Exception:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from harness import Bench, Meter, Variant, build_parser, show_machine
+from harness import Bench, Meter, Variant, build_parser, call_apart, show_machine
 from training import run_peer
 from workloads import (
     batches_of,
@@ -78,8 +78,6 @@ def open_pictures(rows: list[dict[str, str]], *, folder: Path) -> list[dict[str,
 
 def make_task(folder: Path, *, quick: bool) -> tuple[list[dict[str, str]], Path]:
     """Names with a picture each, and an untrained CLIP for them."""
-    from vembed.quickstart.glyphs import IMAGE_SIZE
-    from vembed.quickstart.small_clip import write_small_clip
     from vembed.quickstart.symbols import build_symbol_search
 
     file = folder / "train.jsonl"
@@ -90,8 +88,15 @@ def make_task(folder: Path, *, quick: bool) -> tuple[list[dict[str, str]], Path]
         build_symbol_search(folder, **kept)
     rows = [{"query": r["query"], "positive": r["positive"][0]} for r in read_jsonl(file)]
     size = {"size": 32, "image_layers": 1} if quick else {}
-    texts = [row["query"] for row in rows]
-    return rows, write_small_clip(folder / "clip", texts=texts, image_size=IMAGE_SIZE, **size)
+    call_apart(write_clip, folder / "clip", [row["query"] for row in rows], size)
+    return rows, folder / "clip"
+
+
+def write_clip(folder: Path, texts: list[str], size: dict[str, int]) -> None:
+    from vembed.quickstart.glyphs import IMAGE_SIZE
+    from vembed.quickstart.small_clip import write_small_clip
+
+    write_small_clip(folder, texts=texts, image_size=IMAGE_SIZE, **size)
 
 
 def main(argv: list[str] | None = None) -> None:
