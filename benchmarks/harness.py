@@ -26,13 +26,14 @@ import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -392,12 +393,21 @@ def call_apart(function: Callable[..., Any], *arguments: Any) -> None:
 def _work(pipe: Connection, variant: Variant, folder: Path, threads: int, device: str) -> None:
     import torch
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     gc.freeze()  # or each collection before a round looks at all that was imported
     try:
         variant.run(Meter(pipe, folder, variant.name, device), **variant.settings)
     except Exception:
         pipe.send(("failed", traceback.format_exc()))
+
+
+def _end_with_parent() -> None:
+    """Or a long step would go on after Ctrl-C."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+    os._exit(1)
 
 
 def _differences(folder: Path, names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -36,6 +36,7 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_benchmark_of_speed_runs(model, pairs_path, tmp_path, benchmark):
     command = [sys.executable, str(BENCHMARKS / "suite.py"), "--quick", "--tokens", "64"]
     command += ["--model", str(model), "--pairs", str(pairs_path)]
