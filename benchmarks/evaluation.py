@@ -39,12 +39,9 @@ def run_vembed(meter: Meter, *, folder: str, model: str, tokens: int, device: st
     predictor = Predictor(model, device=device, max_seq_length=tokens)
     task = load_eval_task(folder)
     meter.count_tokens(predictor.encoder.backbone)
-    shown = False
     for _ in meter:
         result = task.evaluate(predictor.encode_items)
-        if not shown:
-            meter.tell(**{METRIC: result.metrics[METRIC]})
-            shown = True
+        meter.tell(**{METRIC: result.metrics[METRIC]})
 
 
 def run_peer(meter: Meter, *, folder: str, model: str, tokens: int, device: str) -> None:
@@ -54,12 +51,8 @@ def run_peer(meter: Meter, *, folder: str, model: str, tokens: int, device: str)
     peer.max_seq_length = tokens
     evaluate = build_peer_evaluator(folder)
     meter.count_tokens(peer[0].model)
-    shown = False
     for _ in meter:
-        found = evaluate(peer)
-        if not shown:
-            meter.tell(**{METRIC: found["cosine_ndcg@10"]})
-            shown = True
+        meter.tell(**{METRIC: evaluate(peer)["cosine_ndcg@10"]})
 
 
 def build_peer_evaluator(folder: str, **settings: Any) -> Any:
