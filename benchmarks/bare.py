@@ -1,10 +1,13 @@
-"""The limit: transformers alone on tokens that are ready, without padding, and nothing else.
+"""The limit: transformers alone on tokens that are ready, and nothing else.
 
-Texts are packed into rows side by side. A block-diagonal mask keeps each to itself, and positions
-start anew with each, so that its vector is what it would be alone. Rows are as wide as the longest
-text; each is filled with the longest that still fits (best-fit decreasing). One pass after another
-goes forward and back with gradients of the vectors that are given, which no trainer can know before
-its loss has seen all of them; loss, clipping, optimizer and tokenizer do not run at all.
+*Packed*: texts side by side in rows as wide as the longest, each filled with the longest that still
+fits (best-fit decreasing). A block-diagonal mask keeps each text to itself, and positions start
+anew with each, so that its vector is what it would be alone. *Sorted*: a row for each text, cut by
+length into passes that pad least. Packing has less padding, but pays attention over whole rows.
+
+One pass after another goes forward and back with gradients of the vectors that are given, which no
+trainer can know before its loss has seen all of them; loss, clipping, optimizer and tokenizer do
+not run at all.
 
 # Shapes: R rows, W tokens of a row, n texts, D size
 """
@@ -14,26 +17,33 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-PASS_TOKENS = {"cpu": 4096}
-"""Tokens that go through the model together; more are slower on a CPU, whose caches they leave."""
-_ACCELERATOR_PASS_TOKENS = 2**16
+from vembed.chunking import chunk_overhead, plan_chunks
+
+Ids = Sequence[Sequence[int]]
+
+# What goes through the model together. On a CPU the attention matrices of a packed pass should
+# stay in its caches: rows times width squared.
+_CPU_ATTENTION = 2**19
+_CPU_TOKENS = 2048
+_ACCELERATOR_TOKENS = 2**16
 
 
 @dataclass(frozen=True)
-class Packed:
-    """Some rows of packed texts.
+class Pass:
+    """What goes through the model together.
 
     Attributes:
         ids_RW: Token ids.
         positions_RW: Of each token in its text.
-        mask_R1WW: True where a token of the row may look at another.
+        mask: True where a token of the row may look at another `[R, 1, W, W]`, or where there is a
+            token `[R, W]`.
         text_of_token: Number of each real token's text among `texts`, row after row.
         is_real_RW: False on padding.
         counts_n: Tokens of each text.
@@ -42,14 +52,14 @@ class Packed:
 
     ids_RW: Tensor
     positions_RW: Tensor
-    mask_R1WW: Tensor
+    mask: Tensor
     text_of_token: Tensor
     is_real_RW: Tensor
     counts_n: Tensor
     texts: Tensor
 
-    def to(self, device: str) -> Packed:
-        return Packed(*(tensor.to(device) for tensor in vars(self).values()))
+    def to(self, device: str) -> Pass:
+        return Pass(*(tensor.to(device) for tensor in vars(self).values()))
 
 
 def fill_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
@@ -68,17 +78,34 @@ def fill_rows(lengths: Sequence[int], width: int) -> list[list[int]]:
     return rows
 
 
-def pack(ids: Sequence[Sequence[int]], device: str = "cpu") -> list[Packed]:
-    """All texts, packed, cut into passes."""
+def pack(ids: Ids, device: str = "cpu") -> list[Pass]:
+    """All texts, packed without padding but at the end of rows."""
     lengths = [len(text) for text in ids]
     width = max(lengths)
     rows = fill_rows(lengths, width)
-    together = max(PASS_TOKENS.get(device, _ACCELERATOR_PASS_TOKENS) // width, 1)
-    passes = [rows[i : i + together] for i in range(0, len(rows), together)]
-    return [_pack_rows(ids, rows, width).to(device) for rows in passes]
+    together = _CPU_ATTENTION // width**2 if device == "cpu" else _ACCELERATOR_TOKENS // width
+    size = max(together, 1)
+    passes = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [_lay_out(ids, rows, width).to(device) for rows in passes]
 
 
-def _pack_rows(ids: Sequence[Sequence[int]], rows: list[list[int]], width: int) -> Packed:
+def sort(ids: Ids, device: str = "cpu") -> list[Pass]:
+    """All texts, a row for each, those of similar length together."""
+    budget = _CPU_TOKENS if device == "cpu" else _ACCELERATOR_TOKENS
+    chunks = plan_chunks(
+        [len(text) for text in ids], max_tokens=budget, overhead=chunk_overhead(device)
+    )
+    passes = []
+    for chunk in chunks:
+        padded = _lay_out(ids, [[text] for text in chunk], max(len(ids[text]) for text in chunk))
+        passes.append(replace(padded, mask=padded.is_real_RW).to(device))
+    return passes
+
+
+ARRANGEMENTS = {"packed": pack, "sorted": sort}
+
+
+def _lay_out(ids: Ids, rows: list[list[int]], width: int) -> Pass:
     ids_RW = torch.zeros(len(rows), width, dtype=torch.int64)
     positions_RW = torch.zeros_like(ids_RW)
     text_RW = torch.full_like(ids_RW, -1)
@@ -93,7 +120,7 @@ def _pack_rows(ids: Sequence[Sequence[int]], rows: list[list[int]], width: int) 
             text_RW[r, start:end] = number
             start, number = end, number + 1
     is_real_RW = text_RW >= 0
-    return Packed(
+    return Pass(
         ids_RW,
         positions_RW,
         # Padding sees padding: a token that sees nothing would be not-a-number.
@@ -105,12 +132,12 @@ def _pack_rows(ids: Sequence[Sequence[int]], rows: list[list[int]], width: int) 
     )
 
 
-def embed(model: Any, packed: Packed) -> Tensor:
+def embed(model: Any, packed: Pass) -> Tensor:
     """Mean of each text's token vectors `[n, D]`, of length one, in the order of `packed.texts`."""
     hidden_RWD = model(
         input_ids=packed.ids_RW,
         position_ids=packed.positions_RW,
-        attention_mask=packed.mask_R1WW,
+        attention_mask=packed.mask,
     ).last_hidden_state
     tokens = hidden_RWD[packed.is_real_RW].float()
     sums_nD = tokens.new_zeros(len(packed.texts), tokens.shape[1])
@@ -135,7 +162,7 @@ def tokenize(tokenizer: Any, texts: Sequence[str], tokens: int) -> list[list[int
     return ids
 
 
-def train_pass(model: Any, passes: Sequence[Packed], grads_nD: Tensor, precision: str) -> None:
+def train_pass(model: Any, passes: Sequence[Pass], grads_nD: Tensor, precision: str) -> None:
     """Forward and backward over all texts; `grads_nD` by number of the text."""
     for packed in passes:
         with autocast(packed.ids_RW.device.type, precision):

@@ -1,9 +1,9 @@
-"""Encoding throughput: `Predictor.encode`, `SentenceTransformer.encode`, and the packed limit.
+"""Encoding throughput: `Predictor.encode`, `SentenceTransformer.encode` and the limit.
 
     python benchmarks/encoding.py
     python benchmarks/encoding.py documents --texts 4000
 
-Both encoders take texts, so tokenising counts; `limit` is `bare.py` on tokens that are ready. The
+Both encoders take texts, so tokenising counts; `packed` and `sorted` are `bare.py` on tokens that are ready. The
 embeddings must be the same.
 """
 
@@ -49,11 +49,19 @@ def run_peer(
 
 
 def run_limit(
-    meter: Meter, *, model: str, texts: list[str], tokens: int, device: str, precision: str
+    meter: Meter,
+    *,
+    model: str,
+    texts: list[str],
+    tokens: int,
+    device: str,
+    precision: str,
+    arrangement: str,
 ) -> None:
     import bare
     import torch
 
+    arrange = bare.ARRANGEMENTS[arrangement]
     encoder, tokenizer = bare.load_bare(model, device)
     encoder.eval()
     if precision == "bf16":
@@ -66,8 +74,8 @@ def run_limit(
             vectors = torch.cat([bare.embed(encoder, packed) for packed in passes])
         return vectors[torch.cat([packed.texts for packed in passes]).argsort()].cpu()
 
-    meter.show("embeddings", encode(bare.pack(ids[:32], device)))
-    passes = bare.pack(ids, device)
+    meter.show("embeddings", encode(arrange(ids[:32], device)))
+    passes = arrange(ids, device)
     meter.count_tokens(encoder)
     for _ in meter:
         encode(passes)
@@ -96,7 +104,10 @@ def main(argv: list[str] | None = None) -> None:
             [
                 Variant("vembed", run_vembed, settings),
                 Variant("peer", run_peer, settings),
-                Variant("limit", run_limit, settings),
+                *(
+                    Variant(name, run_limit, settings | {"arrangement": name})
+                    for name in ("packed", "sorted")
+                ),
             ],
             units=count,
             unit="texts",

@@ -6,8 +6,8 @@
 
 Variants: `cache` (nothing kept), `auto` (chunk size and kept chunks by the memory there is), `keep`
 (everything kept), `plain` (no cache), `peer` (sentence-transformers'
-CachedMultipleNegativesRankingLoss with its default mini-batch of 32) and `limit`, which is
-forward and backward of the same tokens once, packed, and knows nothing of a loss.
+CachedMultipleNegativesRankingLoss with its default mini-batch of 32), and the limit, `packed` or
+`sorted` (`bare.py`), which goes forward and back once and knows nothing of a loss.
 """
 
 from __future__ import annotations
@@ -53,11 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     bench = Bench.of(arguments)
     show_machine(bench)
     model, tokens = model_folder(arguments), longest(arguments, 128)
-    chosen = bench.only or (
-        *(("cache",) if arguments.quick else ("cache", "auto")),
-        "peer",
-        "limit",
-    )
+    ours = ["cache"] if arguments.quick else ["cache", "auto"]
+    chosen = bench.only or (*ours, "peer", "sorted")
     for batch in arguments.batches or ([16] if arguments.quick else [512]):
         with tempfile.TemporaryDirectory() as folder:
             columns = ("query", "positive")
@@ -78,8 +75,7 @@ def main(argv: list[str] | None = None) -> None:
             }
             shared |= {"settings": settings}
             variants["peer"] = Variant("peer", run_peer, shared)
-            rounds = {"rounds": bench.rounds}
-            variants["limit"] = Variant("limit", training.run_limit, shared | rounds)
+            variants |= {limit.name: limit for limit in training.limits(shared, bench.rounds)}
             bench.compare(
                 f"cached, batch {batch:,}, at most {tokens} tokens",
                 [variants[name] for name in chosen],

@@ -1,13 +1,13 @@
-"""Training throughput: vembed, sentence-transformers, and the limit, on the same batches.
+"""Training throughput: vembed, sentence-transformers and the limit on the same batches.
 
     python benchmarks/training.py                          # every case
     python benchmarks/training.py mixed bf16 --rounds 5
     python benchmarks/training.py scifact --data ../shared/data
 
 `vembed` and `peer` are whole training loops as their users run them: reading rows, tokenising,
-forward, loss, backward, clipping, optimizer. `limit` is `bare.py`: forward and backward of the same
-texts, nothing else. Before it is timed, each shows its gradient of one batch without dropout, which
-must be the same (up to rounding).
+forward, loss, backward, clipping, optimizer. `packed` and `sorted` are the limit (`bare.py`):
+forward and backward of the same texts, nothing else. Before it is timed, each shows its gradient of
+one batch without dropout, which must be the same (up to rounding).
 """
 
 from __future__ import annotations
@@ -154,12 +154,19 @@ def show_peer_gradient(meter: Meter, trainer: Any) -> None:
 
 
 def run_limit(
-    meter: Meter, *, rows: str, settings: dict[str, Any], steps: int, rounds: int
+    meter: Meter,
+    *,
+    rows: str,
+    settings: dict[str, Any],
+    steps: int,
+    rounds: int,
+    arrangement: str,
 ) -> None:
     import bare
     import torch
 
     device, precision = settings["device"], settings["mixed_precision"]
+    arrange = bare.ARRANGEMENTS[arrangement]
     model, tokenizer = bare.load_bare(settings["model_name"], device)
     loaded = read_jsonl(Path(rows))
 
@@ -167,15 +174,14 @@ def run_limit(
         texts = [row[column] for column in batch[0] for row in batch]
         return bare.tokenize(tokenizer, texts, settings["max_seq_length"])
 
-    meter.show(
-        "gradient", contrastive_gradient(model, texts_of(loaded[:CHECKED_ROWS]), device, precision)
-    )
+    passes = arrange(texts_of(loaded[:CHECKED_ROWS]), device)
+    meter.show("gradient", contrastive_gradient(model, passes, precision))
     model.train()
     batches = islice(batches_of(loaded, settings["batch_size"]), steps * (rounds + 1))
     tokenized = [texts_of(batch) for batch in batches]
     real = [sum(map(len, ids)) for ids in tokenized[steps:]]
     meter.tell(real_tokens=sum(real) / rounds)
-    passes = [bare.pack(ids, device) for ids in tokenized]
+    passes = [arrange(ids, device) for ids in tokenized]
     size = model.config.hidden_size
     grads = [torch.randn(len(ids), size, device=device) for ids in tokenized]
     meter.count_tokens(model)
@@ -186,17 +192,24 @@ def run_limit(
             model.zero_grad()
 
 
-def contrastive_gradient(model: Any, ids: list[list[int]], device: str, precision: str) -> Any:
-    """The gradient of the contrastive loss through packed texts, the queries first."""
+def limits(shared: dict[str, Any], rounds: int) -> list[Variant]:
+    settings = shared | {"rounds": rounds}
+    return [
+        Variant(name, run_limit, settings | {"arrangement": name}) for name in ("packed", "sorted")
+    ]
+
+
+def contrastive_gradient(model: Any, passes: list[Any], precision: str) -> Any:
+    """The gradient of the contrastive loss through the passes, the queries first."""
     import bare
     import torch
 
     model.eval()
-    passes = bare.pack(ids, device)
-    with bare.autocast(device, precision):
-        vectors = torch.cat([bare.embed(model, packed) for packed in passes])
-    order = torch.cat([packed.texts for packed in passes]).argsort()
-    query_BD, candidates_PD = vectors[order].split([CHECKED_ROWS, len(ids) - CHECKED_ROWS])
+    device = passes[0].ids_RW.device
+    with bare.autocast(device.type, precision):
+        vectors = torch.cat([bare.embed(model, part) for part in passes])
+    order = torch.cat([part.texts for part in passes]).argsort()
+    query_BD, candidates_PD = vectors[order].split([CHECKED_ROWS, len(order) - CHECKED_ROWS])
     scores_BP = query_BD @ candidates_PD.T / TEMPERATURE
     own = torch.arange(CHECKED_ROWS, device=device)
     torch.nn.functional.cross_entropy(scores_BP, own).backward()
@@ -274,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
                 [
                     Variant("vembed", run_vembed, shared),
                     Variant("peer", run_peer, shared),
-                    Variant("limit", run_limit, shared | {"rounds": bench.rounds}),
+                    *limits(shared, bench.rounds),
                 ],
                 units=batch * arguments.steps,
                 unit="pairs",

@@ -78,11 +78,15 @@ def test_packed_texts_get_the_vectors_they_have_alone(model, texts, benchmark):
     with torch.no_grad():
         vectors = bare.embed(backbone, packed)[packed.texts.argsort()]
         alone = [bare.embed(backbone, bare.pack([text])[0])[0] for text in texts]
-        packed.mask_R1WW[:] = True
+        passes = bare.sort(texts)
+        by_length = torch.cat([bare.embed(backbone, part) for part in passes])
+        packed.mask[:] = True
         leaking = bare.embed(backbone, packed)[packed.texts.argsort()]
 
     assert packed.ids_RW.shape == (4, 30)
     torch.testing.assert_close(vectors, torch.stack(alone), atol=1e-6, rtol=0)
+    order = torch.cat([part.texts for part in passes]).argsort()
+    torch.testing.assert_close(by_length[order], torch.stack(alone), atol=1e-6, rtol=0)
     assert (vectors - leaking).abs().max() > 1e-2
 
 
