@@ -3,8 +3,8 @@
     python benchmarks/encoding.py
     python benchmarks/encoding.py documents --texts 4000
 
-Both encoders take texts, so tokenising counts; `packed` and `sorted` are `bare.py` on tokens that are ready. The
-embeddings must be the same.
+Both encoders take texts, so tokenising counts; `packed` and `sorted` are `bare.py` on tokens that
+are ready. The embeddings must be the same.
 """
 
 from __future__ import annotations
