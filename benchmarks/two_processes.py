@@ -87,7 +87,8 @@ def set_up_peer(settings: dict[str, Any]) -> None:
     model = SentenceTransformer(settings["model_name"], device="cpu")
     model.max_seq_length = settings["max_seq_length"]
     model.train()
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    # As its trainer wraps it: the pooler of a BERT gets no gradient.
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
     loss = MultipleNegativesRankingLoss(wrapped, scale=1 / TEMPERATURE, gather_across_devices=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], fused=True)
     size, rank = settings["batch_size"], dist.get_rank()
