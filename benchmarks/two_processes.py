@@ -87,8 +87,10 @@ def set_up_peer(settings: dict[str, Any]) -> None:
     model = SentenceTransformer(settings["model_name"], device="cpu")
     model.max_seq_length = settings["max_seq_length"]
     model.train()
-    # As its trainer wraps it: the pooler of a BERT gets no gradient.
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False, find_unused_parameters=True)
+    for name, parameter in model.named_parameters():
+        # The pooler of a BERT gets no gradient, which DDP would wait for.
+        parameter.requires_grad_("pooler" not in name)
+    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
     loss = MultipleNegativesRankingLoss(wrapped, scale=1 / TEMPERATURE, gather_across_devices=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings["lr"], fused=True)
     size, rank = settings["batch_size"], dist.get_rank()
