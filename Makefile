@@ -47,8 +47,8 @@ format: $(VENV)/.dev ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev ## Fine-tune on a benchmark set, print its row of RESULTS.md (ARGS="--data FOLDER scifact")
-	$(BIN)/python benchmarks/quality.py $(ARGS)
+bench: $(VENV)/.dev ## Measure speed and memory beside sentence-transformers (ARGS="--quick", ARGS="quality --help")
+	$(BIN)/python benchmarks/suite.py $(ARGS)
 
 clean: ## Remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
