@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
             steps=bench.rounds + 3,
             output=f"{folder}/run",
         )
-        settings |= {"device": arguments.device, "save_steps": 1, "save_total_limit": 1}
+        settings |= {"device": arguments.device, "save_steps": 1, "save_total_limit": 2}
         bench.compare(
             "checkpoint",
             [

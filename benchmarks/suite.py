@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from pathlib import Path
 
 SPEED = (
     "training",
@@ -29,12 +30,16 @@ SPEED = (
 QUALITY = ("quality", "student", "matryoshka")
 """What training brings on real data; see RESULTS.md for their commands."""
 
+WHOLE_RUNS = ("plan", "save_cost", "torture", "interruptions")
+"""What a run needs, what its checkpoints cost, and what it survives; each has its own options."""
+
 
 def main(argv: list[str]) -> None:
     if argv[:1] in (["-h"], ["--help"]):
-        print(f"{__doc__}\nNames: {', '.join((*SPEED, *QUALITY))}")
+        print(f"{__doc__}\nNames: {', '.join((*SPEED, *QUALITY, *WHOLE_RUNS))}")
         return
-    named = argv[:1] if argv and argv[0] in {*SPEED, *QUALITY} else []
+    named = argv[:1] if argv and argv[0] in {*SPEED, *QUALITY, *WHOLE_RUNS} else []
+    sys.path.append(str(Path(__file__).parent.parent))  # some share runs with the tests
     for name in named or SPEED:
         print(f"\n## {name}", flush=True)
         # Scripts that take no arguments of their own read the command line.

@@ -60,7 +60,7 @@ def test_every_script_is_in_the_suite(benchmark):
         path.stem for path in BENCHMARKS.glob("*.py") if "__main__" in path.read_text("utf-8")
     }
 
-    assert scripts == {*suite.SPEED, *suite.QUALITY, "suite"}
+    assert scripts == {*suite.SPEED, *suite.QUALITY, *suite.WHOLE_RUNS, "suite"}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from tests.docs.readme import README, REPOSITORY, block_with, blocks, commands
 from tests.pictures import COLORS, mode_rows, write_pictures
 from tests.tiny import PAIRS, tiny_clip, write_rows
 from tests.unit.models.families import family_path
-from vembed.cli import main
+from vembed.cli import main, plan
 from vembed.config import RUN_REQUIRES, TEACH_REQUIRES, TrainConfig
 from vembed.data import BATCH_SAMPLERS
 from vembed.losses import LOSSES, build_criterion
@@ -104,7 +104,7 @@ def test_a_table_of_captions_as_it_is_typed(folder, capfd):
 
 
 def test_own_data_section_as_it_is_typed(folder, tiny_st_path, capfd):
-    names = ["check", "train", "evaluate", "encode", "teach", "train", "verify"]
+    names = ["check", "train", "evaluate", "encode", "teach", "train", "plan", "verify"]
     assert [words[1] for words in OWN_DATA] == names
 
     for words in OWN_DATA[:2]:
@@ -230,6 +230,9 @@ def test_commands_parse(words, monkeypatch):
         load_and_parse_config(argv)
     elif command == "teach":
         load_and_parse_config(argv, required=TEACH_REQUIRES)
+    elif command == "plan":
+        _, settings = plan._parser().parse_known_args(argv)
+        load_and_parse_config(settings, required=RUN_REQUIRES)
     elif command == "verify":
         load_and_parse_config(argv[1:], required=RUN_REQUIRES)
     else:

@@ -655,7 +655,9 @@ def test_arcface_without_a_margin_is_normalized_softmax():
     losses = []
     for loss_type, kwargs in (("arcface", {"margin": 0.0}), ("normalized_softmax", {})):
         torch.manual_seed(0)
-        criterion = build_criterion(loss_type, num_classes=8, embedding_dim=5, **kwargs)
+        criterion = build_criterion(
+            loss_type, temperature=0.05, num_classes=8, embedding_dim=5, **kwargs
+        )
         losses.append(evaluate(criterion.double(), make_labelled(0)).loss)
     assert losses[0] == losses[1]
 
