@@ -235,7 +235,7 @@ class BadSettings:
 
 GOOD_SETTINGS = (
     "# a run", "model_name: owner/name", "data_path: rows.jsonl", "lr: 5e-5", "epochs: 2",
-    "tags: [a, 'b: c']", "loss_kwargs:\n  margin: 0.1", "output_dir: runs/a", "",
+    "freeze: [a, 'b: c']", "loss_kwargs:\n  margin: 0.1", "output_dir: runs/a", "",
 )  # fmt: skip
 
 _BAD_FOR_EVERY_KEY = {

@@ -35,7 +35,6 @@ def model(tmp_path_factory) -> Path:
     return tiny_sentence_transformer(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_benchmark_of_speed_runs(model, pairs_path, tmp_path, benchmark):
     command = [sys.executable, str(BENCHMARKS / "suite.py"), "--quick", "--tokens", "64"]

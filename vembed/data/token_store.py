@@ -22,7 +22,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import datasets
 import numpy as np
 import torch
 
@@ -193,6 +192,8 @@ def open_token_store(dataset: RecordDataset, processor: TokenizingProcessor) -> 
     Raises:
         DataError: if a text gives no token, or the cache cannot be written.
     """
+    import datasets  # only where there are rows, which it has read
+
     root = Path(datasets.config.HF_DATASETS_CACHE) / "vembed_tokens"
     folder = root / _key_of(dataset, processor)
     if found := _open(folder, rows=len(dataset)):

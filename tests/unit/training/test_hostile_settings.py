@@ -100,7 +100,9 @@ def test_what_contains_itself_may_not_be_repeated_either(refusal):
 
 def test_aliases_that_stand_for_little_are_fine(tmp_path):
     path = tmp_path / "train.yaml"
-    path.write_text("tags: &a [x, y]\nfreeze: *a\nloss_kwargs: {<<: {m: 2001-01-01}, n: .inf}")
+    path.write_text(
+        "report_to: wandb\ntags: &a [x, y]\nfreeze: *a\nloss_kwargs: {<<: {m: 2001-01-01}, n: .inf}"
+    )
     config = load_and_parse_config(["--config", str(path)])
     assert config.freeze == ["x", "y"]
     assert config.loss_kwargs == {"m": "2001-01-01", "n": float("inf")}

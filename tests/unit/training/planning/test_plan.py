@@ -17,13 +17,15 @@ _PLANS: dict[str, Plan] = {}
 # The peak of a process up to its third step. Freed memory goes back at once, so that it counts
 # what lives.
 MEASURE = """
-import json, resource, sys
+import json, sys
 import vembed.training.training_loop as loop
 from vembed.training.run import run_training
 step = loop.optimizer_step
 def watched(*args, **kwargs):
     result = step(*args, **kwargs)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+    # Of this program alone: `ru_maxrss` is at least what the one that started it took.
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(int(peak.split()[1]) * 1024, flush=True)
     return result
 loop.optimizer_step = watched
 run_training(json.loads(sys.argv[1]))
@@ -134,11 +136,15 @@ def test_the_rate_is_measured_where_none_is_stated(settings):
     assert 1e6 < found.flops_per_second < 1e15
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"use_gradient_cache": True, "batch_size": 128}, {"use_lora": True}],
-    ids=["plain", "cached", "lora"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(
+            {"use_gradient_cache": True, "batch_size": 128}, id="cached", marks=pytest.mark.slow
+        ),
+        pytest.param({"use_lora": True}, id="lora", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_is_within_15_percent_of_a_run_of_a_real_model(tmp_path, changes):
     texts = ["a short text", "words " * 60, "some longer words " * 10]
