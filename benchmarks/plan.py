@@ -50,8 +50,8 @@ def measure(settings: dict[str, object]) -> dict[str, float]:
         result = step(*args, **kwargs)  # type: ignore[arg-type]
         seen["seconds"] = time.process_time() - started
         # Of this program alone: `ru_maxrss` is at least what the one that started it took.
-        peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-        seen["bytes"] = int(peak.split()[1]) * 1024
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        seen["bytes"] = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         return result
 
     loop.optimizer_step = watched  # type: ignore[assignment]
