@@ -82,6 +82,7 @@ def test_removes_nothing_where_nothing_is_whole(run, capsys):
         (["nowhere"], "expected the output_dir of a run. Received: nowhere"),
         (["."], "holds no model and no checkpoint of a run. Name the output_dir, not"),
         ([".", "--keep", "0"], "expected a number of at least 1"),
+        ([".", "--keep", "1", "--keep_best", "-1"], "expected a number of at least 0"),
         ([".", "--kep", "1"], "unrecognized arguments: --kep"),
     ],
 )

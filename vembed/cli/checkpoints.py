@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,14 +133,16 @@ def _parser() -> argparse.ArgumentParser:
         "is going on",
     )
     best = "with --keep: also keep the N of the best validation values (default: 1)"
-    add("--keep_best", type=int, default=1, metavar="N", help=best)
+    add("--keep_best", type=partial(_count, least=0), default=1, metavar="N", help=best)
     add("--json", action="store_true", help="print one JSON object, nothing else")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1. Received: {text!r}")
+def _count(text: str, *, least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"expected a number of at least {least}. Received: {text!r}"
+        )
     return int(text)
 
 

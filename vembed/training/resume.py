@@ -19,6 +19,7 @@ from vembed.training.checkpoint import read_run_settings
 from vembed.training.manifest import find_damage
 from vembed.training.resume_state import RunFacts
 from vembed.training.rotation import (
+    CHECKPOINTS,
     clean_up,
     list_checkpoints,
     newest_checkpoint,
@@ -128,7 +129,12 @@ def _choose(config: TrainConfig) -> tuple[int, bool]:
     named = None if config.resume == AUTO else Path(config.resume)
     if named is not None and not named.is_dir():
         raise ConfigError(f"resume: {named} is no folder. Expected auto, never, or a checkpoint")
-    if named is not None and not (named / "checkpoints").is_dir():
+    if named is not None and list_checkpoints(named.resolve().parent) and named.name == CHECKPOINTS:
+        raise ConfigError(
+            f"resume: {named} holds the checkpoints of a run. Name one of them, or {named.parent}, "
+            "which starts from the newest"
+        )
+    if named is not None and not (named / CHECKPOINTS).is_dir():
         damage = find_damage(named)
         if damage is not None:
             raise CheckpointError(f"resume: {damage}. Name another checkpoint")

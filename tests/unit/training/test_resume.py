@@ -289,6 +289,14 @@ class TestWhereARunMayGo:
         again = {**settings, "output_dir": str(tmp_path / "two"), "resume": str(tmp_path / "one")}
         assert run_whole(again) == later(whole, 6)
 
+    def test_the_folder_of_checkpoints_is_none_of_them(self, places, tmp_path):
+        settings = settings_of(places, tmp_path / "one", save_steps=3, max_steps=3)
+        run_training(settings)
+        settings |= {"resume": str(tmp_path / "one" / "checkpoints")}
+        settings |= {"output_dir": str(tmp_path / "two")}
+        with pytest.raises(ConfigError, match="Name one of them, or .*one, which starts"):
+            run_training(settings)
+
     def test_an_older_checkpoint_is_not_gone_on_from_inexactly_beside_newer_ones(
         self, places, tmp_path
     ):
