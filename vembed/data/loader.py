@@ -132,14 +132,10 @@ def build_dataloader(
         )
         # A stream's epoch is set on the object that workers copy, so its workers start anew.
         order = {"batch_sampler": sampler, "persistent_workers": num_workers > 0}
-    if num_workers:
-        # Tokenizers would warn at every fork; threads of the parent do not live in a worker.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     loader = RecordLoader(
         rows,
         collate_fn=_Collate(collate, lender),
-        num_workers=num_workers,
-        worker_init_fn=_start_worker if num_workers else None,
+        **_worker_options(num_workers),
         generator=torch.Generator().manual_seed(seed),
         **order,
     )
@@ -148,6 +144,16 @@ def build_dataloader(
     loader.collator = collator
     loader.seed = seed
     return loader
+
+
+def _worker_options(num_workers: int) -> dict[str, Any]:
+    if num_workers:
+        # Tokenizers would warn at every fork; threads of the parent do not live in a worker.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    return {
+        "num_workers": num_workers,
+        "worker_init_fn": _start_worker if num_workers else None,
+    }
 
 
 def _require_no_plan(batch_sampler: str) -> None:
