@@ -6,8 +6,9 @@
 
 `vembed` and `peer` are whole training loops as their users run them: reading rows, tokenising,
 forward, loss, backward, clipping, optimizer. `packed` and `sorted` are the limit (`bare.py`):
-forward and backward of the same texts, nothing else. Before it is timed, each shows its gradient of
-one batch without dropout, which must be the same (up to rounding).
+forward and backward of the same texts, nothing else. `compiled` is vembed with `torch_compile:
+true`, measured if asked for, because it takes minutes to begin. Before it is timed, each shows its
+gradient of one batch without dropout, which must be the same (up to rounding).
 """
 
 from __future__ import annotations
@@ -282,13 +283,17 @@ def main(argv: list[str] | None = None) -> None:
                 output=f"{folder}/run",
             ) | {"device": arguments.device}
             shared = {"rows": str(file), "settings": settings, "steps": arguments.steps}
+            variants = [
+                Variant("vembed", run_vembed, shared),
+                Variant("peer", run_peer, shared),
+                *limits(shared, bench.rounds),
+            ]
+            if "compiled" in bench.only:
+                compiled = shared | {"settings": settings | {"torch_compile": True}}
+                variants.append(Variant("compiled", run_vembed, compiled))
             bench.compare(
                 f"{case.title}, batch {batch}",
-                [
-                    Variant("vembed", run_vembed, shared),
-                    Variant("peer", run_peer, shared),
-                    *limits(shared, bench.rounds),
-                ],
+                variants,
                 units=batch * arguments.steps,
                 unit="pairs",
                 tolerance=TOLERANCES[case.precision],
