@@ -226,13 +226,13 @@ class Trainer:
             ConfigError: if a trainable parameter got no gradient anywhere and
                 `ddp_find_unused_parameters` is off.
         """
-        trained = self.parameters()
         reduced: set[int] = set()
         if self._sharded is not None:
             self._sharded.reduce_gradients()
             reduced = {id(p) for p in self.encoder.parameters() if p.ndim}
         elif self._reduces_in_backward:
             reduced = {id(p) for p in self.encoder.parameters()}
+        trained = self.parameters()
         reduce_gradients(p for p in trained if id(p) not in reduced)
         grads = [p.grad for p in trained if p.grad is not None]
         if micro_batches > 1:
