@@ -48,6 +48,7 @@ from vembed.training.objective import Embeddings, Objective, StepLoss
 from vembed.training.optimizer_builder import trainable_parameters
 from vembed.training.saves import Saves
 from vembed.training.sharding import ShardedEncoder, adopt_shares, clip_gradients, own_parts
+from vembed.training.table_gradients import large_tables, merged_table_gradients
 from vembed.training.training_loop import TrainState, run_training_loop
 
 Batch = Mapping[str, Any]
@@ -151,6 +152,7 @@ class Trainer:
         self._unfreezing = Unfreezing(model, criterion, self.config.unfreeze_at_step)
         self._adapter_watch = AdapterWatch(model)
         self._sharded: ShardedEncoder | None = None
+        self._tables: list[nn.Embedding] = []
         self._unwrapped: tuple[nn.Module, nn.Module] | None = None
         self.saves = Saves(self)
 
@@ -162,6 +164,8 @@ class Trainer:
         accelerator = self.accelerator
         if self._sharded is None:
             self._prepare_model()
+        if self._sharded is None and not self._reduces_in_backward:
+            self._tables = large_tables(self.encoder)
         compile_layers(self.encoder, self.config)
         self.optimizer = accelerator.prepare(self.optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.dataloader, RecordLoader):
@@ -350,14 +354,15 @@ class Trainer:
         def objective(student: Embeddings) -> StepLoss:
             return self.objective(own_rows(student, batch), extras, teacher)
 
-        loss = cache.backward(
-            encode=self._embed,
-            inputs=inputs,
-            lengths=lengths,
-            keys=row_keys(batch),
-            objective=objective,
-            backward=self._backward,
-        )
+        with merged_table_gradients(self._tables):
+            loss = cache.backward(
+                encode=self._embed,
+                inputs=inputs,
+                lengths=lengths,
+                keys=row_keys(batch),
+                objective=objective,
+                backward=self._backward,
+            )
         return StepOutput(loss.total, loss.parts, loss.weights)
 
     def _backward(self, loss: Tensor) -> None:
