@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from vembed.errors import DistributedError, VembedError
+from vembed.placing import to_device
 
 # Torch 2.13 gave these collectives other names, and warns at every call of the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -25,6 +26,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _Tensor = TypeVar("_Tensor", bound=Tensor)
 
 _HOST_GROUPS: dict[dist.ProcessGroup | None, dist.ProcessGroup] = {}
+_MESSAGE_ROOM: dict[dist.ProcessGroup | None, int] = {}
 _BUCKET_BYTES = 256 * 2**20
 
 
@@ -72,6 +74,35 @@ def gather_numbers(numbers: Sequence[int], device: torch.device) -> list[list[in
     gathered = own.new_empty(process_count() * len(own))
     _all_gather(gathered, own, group=_group_of(own.device))
     return [[int(n) for n in of_process] for of_process in gathered.view(-1, len(own)).tolist()]
+
+
+def gather_messages(message: Tensor) -> list[Tensor]:
+    """The message of every process, by process. Collective: every process must call it.
+
+    One collective, or two where a message is longer than any that processes have seen so far.
+
+    Args:
+        message: `[n]` int64 in the host's memory; n may differ.
+    """
+    if not is_distributed():
+        return [message]
+    group = dist.group.WORLD
+    # Every process has seen the same lengths, so that all know this room, or none.
+    room = _MESSAGE_ROOM.get(group, 0)
+    while True:
+        padded = message.new_zeros(1 + room)
+        padded[0] = len(message)
+        shown = min(room, len(message))
+        padded[1 : 1 + shown] = message[:shown]
+        gathered = padded.new_empty(process_count() * len(padded))
+        _all_gather(gathered, padded, group=_group_of(padded.device))
+        rows = gathered.view(process_count(), -1)
+        lengths = rows[:, 0].tolist()
+        if max(lengths) <= room:
+            return [row[1 : 1 + length] for row, length in zip(rows, lengths, strict=True)]
+        room = max(lengths)
+        _MESSAGE_ROOM.clear()
+        _MESSAGE_ROOM[group] = room
 
 
 def gather_counts(count: int, device: torch.device) -> list[int]:
@@ -304,21 +335,27 @@ def reduce_gradients(parameters: Iterable[nn.Parameter]) -> int:
     Collective: every process must call it with the same parameters in the same order.
 
     Returns:
-        The number of all-reduce calls made on gradients.
+        The number of all-reduce calls made, one for each bucket.
     """
     trainable = [p for p in parameters if p.requires_grad]
     if not is_distributed() or not trainable:
         return 0
     calls = 0
-    used = used_anywhere(trainable)
-    for bucket in _buckets([p for p, flag in zip(trainable, used, strict=True) if flag]):
+    for bucket in _buckets(trainable):
+        has_own = [p.grad is not None for p in bucket]
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
-        flat = torch.cat([g.reshape(-1) for g in grads])
+        # Who has a gradient goes along: of parameters that none has, zeros travel for nothing, but
+        # no process has to ask before it can begin.
+        told = to_device(torch.tensor(has_own, dtype=grads[0].dtype), grads[0].device)
+        flat = torch.cat([*(g.reshape(-1) for g in grads), told])
         dist.all_reduce(flat)
+        *parts, told = torch.split(flat, [*(g.numel() for g in grads), len(bucket)])
+        # To look means to wait for the device, which is for those only that lack a gradient.
+        used = has_own if all(has_own) else (told > 0).tolist()
         flat /= process_count()
-        parts = torch.split(flat, [g.numel() for g in grads])
-        for parameter, part in zip(bucket, parts, strict=True):
-            parameter.grad = part.view_as(parameter)
+        for parameter, part, is_used in zip(bucket, parts, used, strict=True):
+            if is_used:
+                parameter.grad = part.view_as(parameter)
         calls += 1
     return calls
 

@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -228,10 +229,31 @@ class ImageFile(ImageSource):
         existing = (other for other in others if os.path.isfile(f"{self.root}/{name}{other}"))
         return next((f"{name}{other}" for other in existing), None)
 
+    def _is_plain_file(self) -> bool:
+        """Whether it is a regular file, and no link leads from the root to it: so it lies there.
+
+        Looks at the parts below the root only; to follow all links takes longer than to open it.
+        """
+        parts = self.path.split("/")
+        if not {"", ".", ".."}.isdisjoint(parts):
+            return False
+        place, mode = self.root, 0
+        try:
+            for part in parts:
+                place = os.path.join(place, part)
+                mode = os.lstat(place).st_mode
+                if stat.S_ISLNK(mode):
+                    return False
+        except OSError:
+            return False
+        return stat.S_ISREG(mode)
+
     def _resolved(self) -> str:
-        """The path behind all links, once it is known to be a file under the root."""
+        """A path to it, once it is known to be a file under the root."""
         if "\0" in self.path:
             raise self.error("an image path must not contain NUL characters")
+        if self._is_plain_file():
+            return self._location
         root = os.path.realpath(self.root)
         path = os.path.realpath(os.path.join(root, self.path))
         if os.path.commonpath([root, path]) != root:

@@ -92,13 +92,21 @@ class Padding:
             if name == "attention_mask":
                 array = is_real.astype(np.int64)
             elif name == "input_ids":
-                array = np.full(is_real.shape, self.token_id, dtype=np.int64)
+                array = _filled(self.token_id, is_real.shape)
                 array[is_real] = tokens.ids
             else:
-                array = np.full(is_real.shape, self.token_type, dtype=np.int64)
-                array[is_real] = 0 if tokens.types is None else tokens.types
+                array = _filled(self.token_type, is_real.shape)
+                if tokens.types is not None:
+                    array[is_real] = tokens.types
+                elif self.token_type:
+                    array[is_real] = 0
             made[name] = torch.from_numpy(array)
         return made
+
+
+def _filled(number: int, shape: tuple[int, ...]) -> NDArray[np.int64]:
+    # Zeros come from the system, unwritten.
+    return np.full(shape, number, np.int64) if number else np.zeros(shape, np.int64)
 
 
 def ranges(starts: Numbers, counts: Numbers) -> Numbers:

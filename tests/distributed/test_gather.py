@@ -16,6 +16,7 @@ from vembed.distributed import (
     all_reduce_sum,
     any_process,
     gather_counts,
+    gather_messages,
     gather_numbers,
     gather_rows,
     min_over_processes,
@@ -85,6 +86,27 @@ def _keeps_graph_only_with_gradient():
 
 def test_no_graph_where_none_is_wanted():
     assert run_on_processes(_keeps_graph_only_with_gradient, 2) == [(False, False)] * 2
+
+
+def _gather_messages(rounds):
+    counted = []
+    gather = distributed._all_gather
+    distributed._all_gather = lambda *a, **k: (counted.append(1), gather(*a, **k))[1]
+    found = []
+    for lengths in rounds:
+        counted.clear()
+        own = torch.arange(lengths[process_index()]) + 10 * process_index()
+        messages = [message.tolist() for message in gather_messages(own)]
+        found.append((messages, len(counted)))
+    return found
+
+
+def test_messages_take_one_collective_unless_they_are_longer_than_ever():
+    rounds = [(2, 1), (2, 2), (0, 1), (1, 4), (4, 0)]
+    for found in run_on_processes(_gather_messages, 2, rounds):
+        for (messages, _), (first, second) in zip(found, rounds, strict=True):
+            assert messages == [list(range(first)), list(range(10, 10 + second))]
+        assert [count for _, count in found] == [2, 1, 1, 2, 1]
 
 
 def _reduce_values():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.launch import ChildFailed, run_on_processes
 from tests.tiny import PAIRS, tiny_bert, write_rows
@@ -38,6 +39,7 @@ def folder(tmp_path_factory) -> Path:
     rows[7]["positive"] = rows[8]["positive"]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (path / "pairs.jsonl").write_text(text)
+    write_rows(path / "plain.jsonl", PAIRS[:23])
     tiny_bert(path / "guide", seed=7)
     write_rows(
         path / "labelled.jsonl",
@@ -129,6 +131,59 @@ def test_two_processes_train_like_one(folder, settings, request):
     assert two["after"] == pytest.approx(one["after"], abs=1e-6)
     # One all-reduce of gradients in each optimizer step, however many chunks and micro-batches.
     assert set(two["reductions"]) == {1}
+
+
+def count_collectives(folder: str, settings: dict[str, Any]) -> dict[str, int]:
+    """Of a run, by kind."""
+    distributed._MESSAGE_ROOM.clear()  # or the first run alone would have to find it out
+    counts = {"gather": 0, "reduce": 0}
+    gather, reduce = distributed._all_gather, dist.all_reduce
+
+    def counting(kind, original):
+        def call(*args, **kwargs):
+            counts[kind] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    distributed._all_gather = counting("gather", gather)
+    dist.all_reduce = counting("reduce", reduce)
+    try:
+        train(folder, "counted", {"overwrite_output_dir": True, "batch_size": 2, **settings})
+    finally:
+        distributed._all_gather, dist.all_reduce = gather, reduce
+    return counts
+
+
+def _collectives_of_a_step(folder: str, settings: dict[str, Any]) -> dict[str, int]:
+    """What a run of two steps has more of than one of one."""
+    quiet = {"data_path": f"{folder}/plain.jsonl", "val_data_path": None}
+    one, two = (
+        count_collectives(folder, {"logging_steps": 100, "max_steps": n, **quiet, **settings})
+        for n in (1, 2)
+    )
+    return {kind: two[kind] - one[kind] for kind in two}
+
+
+@pytest.mark.parametrize(
+    ("settings", "gather", "reduce"),
+    [
+        # Gathered: failures and signals; sizes and ids; documents. Reduced: the gradient of
+        # documents; that of parameters.
+        ({}, 3, 2),
+        ({"use_gradient_cache": True, "gradient_cache_chunk_size": 2}, 3, 2),
+        # One sum for each document, there and back.
+        ({"loss_bidirectional": True}, 4, 3),
+        # Two micro-batches, each with all of it but failures and parameters.
+        ({"gradient_accumulation_steps": 2}, 5, 3),
+        # Means of the window.
+        ({"logging_steps": 1}, 3, 3),
+    ],
+    ids=["plain", "cached", "bidirectional", "accumulation", "logging"],
+)
+def test_collectives_of_a_step(folder, settings, gather, reduce):
+    found = run_on_processes(_collectives_of_a_step, 2, str(folder), settings, timeout=240)
+    assert found == [{"gather": gather, "reduce": reduce}] * 2
 
 
 def cosine_distance(query, positive):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from itertools import chain
 from operator import attrgetter
 from typing import Any, Literal, Protocol
 
@@ -113,9 +112,11 @@ def _with_keys(batch: Batch) -> Batch:
 
 def number_keys(keys: Mapping[str, Sequence[Hashable]]) -> dict[str, list[int]]:
     """Equal numbers for equal keys, from 0 in the order in which they come."""
-    distinct = dict.fromkeys(chain.from_iterable(keys.values()))
-    number = dict(zip(distinct, range(len(distinct)), strict=True))
-    return {name: [number[key] for key in of_role] for name, of_role in keys.items()}
+    number: dict[Hashable, int] = {}
+    return {
+        name: [number.setdefault(key, len(number)) for key in of_role]
+        for name, of_role in keys.items()
+    }
 
 
 def _row_facts(records: Sequence[Record]) -> Batch:

@@ -59,10 +59,18 @@ class RecordLoader(DataLoader[Any]):
         return self.rows.fingerprint
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        for batch in super().__iter__():
+        for batch in self._batches():
             if isinstance(batch, _Failure):
                 raise DataError(batch.message)
             yield batch
+
+    def _batches(self) -> Iterator[Any]:
+        if self.num_workers or self.batch_sampler is None:
+            return super().__iter__()
+        # What torch's iterator does without workers, but for a range of its profiler around each
+        # batch, which takes a third as long as a batch of stored tokens.
+        rows: Any = self.dataset
+        return (self.collate_fn(rows.__getitems__(batch)) for batch in self.batch_sampler)
 
 
 def build_dataloader(
@@ -224,6 +232,9 @@ class _RowNumbers(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return range(self._count)[index]
+
+    def __getitems__(self, indices: list[int]) -> list[int]:
+        return indices
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,6 @@ _FORMAT = 1
 _WINDOW_ROWS = 4096
 _MANY_ROWS = 100_000
 """From so many on it takes so long that the user is told."""
-_ROLES = ("query", "positive", "negative")
 # The ids have no header, because they are written before their number is known.
 _IDS, _TYPES = "ids.int32", "types.int8"
 _ARRAYS = ("token_starts", "content_ids", "items", "row_starts", "positives")
@@ -107,16 +106,19 @@ class TokenStore:
         return np.asarray(self._content_ids[items])
 
     def items_of(self, rows: Numbers) -> dict[str, tuple[Numbers, Numbers]]:
-        """By role, the items of some rows, and how many each row has."""
+        """By role that any of some rows has, their items, and how many each row has."""
         starts = self._row_starts[rows]
         positives = self._positives[rows].astype(np.int64)
         negatives = self._row_starts[rows + 1] - starts - 1 - positives
-        counts = (np.ones_like(starts), positives, negatives)
-        first = (starts, starts + 1, starts + 1 + positives)
-        return {
-            role: (self._items[ranges(where, count)], count)
-            for role, where, count in zip(_ROLES, first, counts, strict=True)
-        }
+        found = {"query": (self._items[starts], np.ones_like(starts))}
+        if (positives == 1).all():
+            found["positive"] = (self._items[starts + 1], positives)
+        elif positives.any():
+            found["positive"] = (self._items[ranges(starts + 1, positives)], positives)
+        if negatives.any():
+            places = ranges(starts + 1 + positives, negatives)
+            found["negative"] = (self._items[places], negatives)
+        return found
 
 
 class TokenCollator:
@@ -143,8 +145,6 @@ class TokenCollator:
         batch: Batch = {"row_index": list(rows)}
         keys: dict[str, list[int]] = {}
         for role, (items, counts) in self._store.items_of(np.asarray(rows, dtype=np.int64)).items():
-            if not len(items):
-                continue
             tokens = self._store.tokens(items)
             inputs = self._padding.inputs(tokens)
             batch |= {f"{role}_{name}": tensor for name, tensor in inputs.items()}

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from vembed.distributed import (
     all_reduce_sum,
-    gather_numbers,
+    gather_messages,
     gather_rows,
     process_count,
     process_index,
@@ -36,12 +36,11 @@ _NO_ID = -1
 
 
 class _Sizes(NamedTuple):
-    """Rows of one process, how many numbers it says about them, and the width of its documents."""
+    """Rows of one process, and the width of its documents."""
 
     queries: int
     positives: int
     negatives: int
-    notes: int
     width: int
 
 
@@ -281,19 +280,21 @@ def gather_batch(
     if counts_positive is None:
         one_each = int(len(query) == len(positive))
         counts_positive = to_device(torch.full((len(query),), one_each), query.device)
-    notes = torch.cat(
+    documents = cat_items([positive, negative])
+    own = _Sizes(len(query), len(positive), len(negative), documents.shape[1])
+    message = torch.cat(
         [
+            torch.tensor(own),
             _ids_or_none(ids_query, len(query)),
             on_host(counts_positive),
             _ids_or_none(ids_positive, len(positive)),
             _ids_or_none(ids_negative, len(negative)),
         ]
     )
-    documents = cat_items([positive, negative])
-    own = _Sizes(len(query), len(positive), len(negative), len(notes), documents.shape[1])
-    sizes = [_Sizes(*numbers) for numbers in gather_numbers(own, query.device)]
     # On the host, because which pairs to mask decides the sizes of what follows.
-    ids = _join_ids(gather_rows(notes, [size.notes for size in sizes]), sizes)
+    messages = gather_messages(message)
+    sizes = [_Sizes(*message[: len(own)].tolist()) for message in messages]
+    ids = _join_ids([message[len(own) :] for message in messages], sizes)
     first = sum(size.positives + size.negatives for size in sizes[: process_index()])
     own_documents = ids.document_C[first : first + len(positive) + len(negative)]
     if not share_negatives:
@@ -398,7 +399,7 @@ def _ids_or_none(ids: Tensor | None, count: int) -> Tensor:
     return torch.full((count,), _NO_ID) if ids is None else on_host(ids)
 
 
-def _join_ids(notes: Tensor, sizes: list[_Sizes]) -> _Ids:
+def _join_ids(notes: list[Tensor], sizes: list[_Sizes]) -> _Ids:
     """Take apart what all processes said of their rows.
 
     Args:
@@ -406,12 +407,11 @@ def _join_ids(notes: Tensor, sizes: list[_Sizes]) -> _Ids:
             positives, ids of its negatives.
         sizes: The rows of each process.
     """
-    blocks = torch.split(notes, [size.notes for size in sizes])
-    for process, (block, size) in enumerate(zip(blocks, sizes, strict=True)):
+    for process, (block, size) in enumerate(zip(notes, sizes, strict=True)):
         _check_notes(block, size, process)
     parts = [
         torch.split(block, [size.queries, size.queries, size.positives + size.negatives])
-        for block, size in zip(blocks, sizes, strict=True)
+        for block, size in zip(notes, sizes, strict=True)
     ]
     queries, counts, documents = (torch.cat(of_all) for of_all in zip(*parts, strict=True))
     query_Q, document_C = _number_missing(queries), _number_missing(documents)
@@ -430,12 +430,12 @@ def _join_ids(notes: Tensor, sizes: list[_Sizes]) -> _Ids:
 def _check_notes(block: Tensor, size: _Sizes, process: int) -> None:
     counts = block[size.queries : 2 * size.queries]
     expected = 2 * size.queries + size.positives + size.negatives
-    if size.notes != expected or counts.sum() != size.positives:
+    if len(block) != expected or counts.sum() != size.positives:
         raise DataError(
             "counts_positive must have one entry per query and add up to the positives, and "
             "ids_query, ids_positive and ids_negative must have one entry per row. Received on "
             f"process {process}: {size.queries} queries, {size.positives} positives, "
-            f"{size.negatives} negatives; {size.notes - expected:+d} ids and counts, which add up "
+            f"{size.negatives} negatives; {len(block) - expected:+d} ids and counts, which add up "
             f"to {int(counts.sum())} positives"
         )
 

@@ -123,8 +123,11 @@ def place_batch(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any
     """The batch on a device, without waiting for it; see `vembed.placing`."""
 
     def placed(value: Any) -> Any:
-        is_tensor = isinstance(value, Tensor)
-        return to_device(value, device) if is_tensor else send_to_device(value, device)
+        if isinstance(value, Tensor):
+            return to_device(value, device)
+        # Lists of numbers, one for each row, stay where they are: not each has to be asked.
+        is_list = isinstance(value, list) and value and isinstance(value[0], int | float | str)
+        return value if is_list else send_to_device(value, device)
 
     return {key: placed(value) for key, value in batch.items()}
 

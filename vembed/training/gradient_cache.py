@@ -69,12 +69,17 @@ class _Plan:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """The embeddings of a plan; with a graph when `kept`, else with what it takes to make one."""
+    """The embeddings of a plan.
+
+    Attributes:
+        plan: Which rows.
+        output: With a graph when it is kept.
+        random_state: What it takes to make the graph again; None when it is kept.
+    """
 
     plan: _Plan
     output: Tensor
-    kept: bool
-    random_state: RandomState
+    random_state: RandomState | None
 
 
 class GradientCache:
@@ -307,9 +312,9 @@ def _encode_chunk(
     plan: _Plan, encode: Encode, inputs: Mapping[str, Mapping[str, Tensor]], *, kept: bool
 ) -> _Chunk:
     taken = _take(plan, inputs)
-    random_state = RandomState(_device_of(inputs))
+    random_state = None if kept else RandomState(_device_of(inputs))
     with torch.set_grad_enabled(kept):
-        return _Chunk(plan, encode(taken), kept, random_state)
+        return _Chunk(plan, encode(taken), random_state)
 
 
 def _backward_chunks(
@@ -323,11 +328,13 @@ def _backward_chunks(
     pairs = list(zip(chunks, grads, strict=True))
     # Together, so that gradients of one parameter are summed as in a single graph; and first, so
     # that their memory is free when the rest is encoded again.
-    kept = [(chunk.output, grad) for chunk, grad in pairs if chunk.kept]
+    kept = [(chunk.output, grad) for chunk, grad in pairs if chunk.random_state is None]
     _backward([output for output, _ in kept], [grad for _, grad in kept])
+    if len(kept) == len(pairs):
+        return
     after = RandomState(_device_of(inputs))
     for chunk, grad in pairs:
-        if not chunk.kept:
+        if chunk.random_state is not None:
             chunk.random_state.restore()
             _backward([encode(_take(chunk.plan, inputs))], [grad])
     after.restore()

@@ -48,6 +48,7 @@ from vembed.training.objective import Embeddings, Objective, StepLoss
 from vembed.training.optimizer_builder import trainable_parameters
 from vembed.training.saves import Saves
 from vembed.training.sharding import ShardedEncoder, adopt_shares, clip_gradients, own_parts
+from vembed.training.table_gradients import large_tables, merged_table_gradients
 from vembed.training.training_loop import TrainState, run_training_loop
 
 Batch = Mapping[str, Any]
@@ -151,6 +152,8 @@ class Trainer:
         self._unfreezing = Unfreezing(model, criterion, self.config.unfreeze_at_step)
         self._adapter_watch = AdapterWatch(model)
         self._sharded: ShardedEncoder | None = None
+        self._tables: list[nn.Embedding] = []
+        self._unwrapped: tuple[nn.Module, nn.Module] | None = None
         self.saves = Saves(self)
 
     def prepare(self) -> None:
@@ -161,7 +164,9 @@ class Trainer:
         accelerator = self.accelerator
         if self._sharded is None:
             self._prepare_model()
-        compile_layers(accelerator.unwrap_model(self.model), self.config)
+        if self._sharded is None and not self._reduces_in_backward:
+            self._tables = large_tables(self.encoder)
+        compile_layers(self.encoder, self.config)
         self.optimizer = accelerator.prepare(self.optimizer)
         if accelerator.num_processes > 1 and not isinstance(self.dataloader, RecordLoader):
             self.dataloader = accelerator.prepare(self.dataloader)
@@ -225,16 +230,18 @@ class Trainer:
             ConfigError: if a trainable parameter got no gradient anywhere and
                 `ddp_find_unused_parameters` is off.
         """
-        encoder = self.accelerator.unwrap_model(self.model)
-        reduced = {id(p) for p in encoder.parameters()} if self._reduces_in_backward else set()
+        reduced: set[int] = set()
         if self._sharded is not None:
             self._sharded.reduce_gradients()
-            reduced = {id(p) for p in encoder.parameters() if p.ndim}
-        reduce_gradients(p for p in self.parameters() if id(p) not in reduced)
+            reduced = {id(p) for p in self.encoder.parameters() if p.ndim}
+        elif self._reduces_in_backward:
+            reduced = {id(p) for p in self.encoder.parameters()}
+        trained = self.parameters()
+        reduce_gradients(p for p in trained if id(p) not in reduced)
+        grads = [p.grad for p in trained if p.grad is not None]
         if micro_batches > 1:
-            grads = own_parts(p.grad for p in self.parameters() if p.grad is not None)
-            torch._foreach_div_(grads, micro_batches)
-        if not self.config.ddp_find_unused_parameters:
+            torch._foreach_div_(own_parts(grads), micro_batches)
+        if len(grads) < len(trained) and not self.config.ddp_find_unused_parameters:
             self._require_gradients()
 
     def clip_gradients(self) -> Tensor:
@@ -254,8 +261,7 @@ class Trainer:
         """Bring parameters with a range, such as a temperature, back into it."""
         # Where gradients overflowed, fp16 leaves the step out.
         if not self.accelerator.optimizer_step_was_skipped:
-            encoder = self.accelerator.unwrap_model(self.model)
-            self._adapter_watch.see_update(encoder, self.optimizer)
+            self._adapter_watch.see_update(self.encoder, self.optimizer)
         if self._clamp is not None:
             self._clamp()
 
@@ -264,22 +270,28 @@ class Trainer:
 
         Call it between steps, before the one that follows.
         """
-        self._unfreezing.apply(self.accelerator.unwrap_model(self.model), self.criterion, step)
+        self._unfreezing.apply(self.encoder, self.criterion, step)
 
     def describe_unfreezing(self) -> str:
         """How many parameters join at which steps, in words; empty for none."""
-        encoder = self.accelerator.unwrap_model(self.model)
-        return self._unfreezing.describe(encoder, self.criterion)
+        return self._unfreezing.describe(self.encoder, self.criterion)
 
     def adapter_probe(self) -> Probe | None:
         """What to compare on when adapters are merged; None before the first step."""
         return self._adapter_watch.probe
 
+    @property
+    def encoder(self) -> nn.Module:
+        """The model without what stands around it for several processes."""
+        # Accelerate looks for this at every module, and for a package on the disk: 0.4 ms, which
+        # is much for every chunk of a step.
+        if self._unwrapped is None or self._unwrapped[0] is not self.model:
+            self._unwrapped = self.model, self.accelerator.unwrap_model(self.model)
+        return self._unwrapped[1]
+
     def parameters(self) -> list[nn.Parameter]:
         """Every trainable parameter: of the model, the criterion and the distillation loss."""
-        return trainable_parameters(
-            self.accelerator.unwrap_model(self.model), self.criterion, self.distillation_loss_fn
-        )
+        return trainable_parameters(self.encoder, self.criterion, self.distillation_loss_fn)
 
     @property
     def shares_weights(self) -> bool:
@@ -342,14 +354,15 @@ class Trainer:
         def objective(student: Embeddings) -> StepLoss:
             return self.objective(own_rows(student, batch), extras, teacher)
 
-        loss = cache.backward(
-            encode=self._embed,
-            inputs=inputs,
-            lengths=lengths,
-            keys=row_keys(batch),
-            objective=objective,
-            backward=self._backward,
-        )
+        with merged_table_gradients(self._tables):
+            loss = cache.backward(
+                encode=self._embed,
+                inputs=inputs,
+                lengths=lengths,
+                keys=row_keys(batch),
+                objective=objective,
+                backward=self._backward,
+            )
         return StepOutput(loss.total, loss.parts, loss.weights)
 
     def _backward(self, loss: Tensor) -> None:
@@ -375,8 +388,7 @@ class Trainer:
         Of a criterion that compares fewer layers too, [n, L, D].
         """
         # Without the DDP wrapper: it would expect every forward to be followed by a reduction.
-        wrapped = self._reduces_in_backward
-        encoder = self.model if wrapped else self.accelerator.unwrap_model(self.model)
+        encoder = self.model if self._reduces_in_backward else self.encoder
         return embed(encoder, inputs, layers_of(self.criterion))
 
     @torch.no_grad()
@@ -416,8 +428,8 @@ class Trainer:
             )
 
     def _require_gradients(self) -> None:
-        encoder = self.accelerator.unwrap_model(self.model)
-        unused = [n for n, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+        named = self.encoder.named_parameters()
+        unused = [name for name, p in named if p.requires_grad and p.grad is None]
         if unused:
             shown = ", ".join(unused[:3]) + (" ..." if len(unused) > 3 else "")
             raise ConfigError(

@@ -95,6 +95,20 @@ def test_a_step_is_plain_sgd_on_the_mean_loss(tmp_path):
     assert torch.allclose(trainer.criterion.logit_scale, scale)
 
 
+def test_accelerate_is_asked_for_the_encoder_once_not_for_every_chunk(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    trainer.prepare()
+    asked = []
+    unwrap = trainer.accelerator.unwrap_model
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda m: asked.append(m) or unwrap(m))
+    for batch in make_batches():
+        trainer.step(batch)
+        trainer.reduce_gradients()
+    assert len(asked) <= 1
+    trainer.model = other = Bag()
+    assert trainer.encoder is other
+
+
 def test_accumulation_is_the_mean_over_micro_batches_uneven_last_group_included(tmp_path):
     # 3 batches in groups of 2: the last group has one micro-batch and its gradient is not halved.
     batches = make_batches(3)
