@@ -1,0 +1,20 @@
+"""Hard negatives: documents near a query that are no answer to it, found and written beside it."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from vembed.mining.rules import MiningRules
+
+if TYPE_CHECKING:
+    from vembed.mining.mine import MiningResult, mine_hard_negatives
+
+# Resolved on first use: a mistake in the rules is told before torch is imported.
+_LAZY = {"MiningResult": "mine", "mine_hard_negatives": "mine"}
+
+__all__ = ["MiningResult", "MiningRules", "mine_hard_negatives"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
