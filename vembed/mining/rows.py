@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from numpy.typing import NDArray
 
 from vembed.data import ImageRules, Record, RecordDataset, load_dataset_records
 from vembed.data.checking import RowRules
+from vembed.data.problems import RowProblem, list_names
 from vembed.data.sources import BeirCorpusSource, Source, find_source
 from vembed.data.storage import Origin, ShareOfProgress, store_rows
-from vembed.errors import DataError
+from vembed.errors import DataError, did_you_mean
 from vembed.mining.search import Pairs
 from vembed.modes import IMAGE, MULTIMODAL, TEXT, Item, RetrievalMode
 
@@ -173,14 +175,15 @@ def load_corpus(
     source = _corpus_source(path, split)
     mode = RetrievalMode(modality, modality)
     mapping = {
-        TEXT: (("query", column),),
-        IMAGE: (("query", image_column),),
-        MULTIMODAL: (("query_image", image_column), ("query_text", column)),
+        TEXT: {"query": column},
+        IMAGE: {"query": image_column},
+        MULTIMODAL: {"query_image": image_column, "query_text": column},
     }[modality]
+    _check_columns(source, mapping.values())
     folder = images.folder(source.image_root) if mode.has_images else None
     rules = RowRules(
         mode=mode,
-        column_mapping=mapping,
+        column_mapping=tuple(mapping.items()),
         folder=folder,
         limits=images.limits,
         image_check=images.check if mode.has_images else None,
@@ -194,6 +197,18 @@ def _corpus_source(path: str, split: str) -> Source:
     if Path(path, "corpus.jsonl").is_file():
         return BeirCorpusSource.of(path)
     return find_source(path, split=split, own_split=False, streaming=False)
+
+
+def _check_columns(source: Source, wanted: Iterable[str]) -> None:
+    """Raise DataError if the first row has not these columns."""
+    for row in islice(source.read(), 1):
+        columns = list(wanted if isinstance(row.values, RowProblem) else row.values)
+        for missing in (column for column in wanted if column not in columns):
+            raise DataError(
+                f"{source.files[row.file]}:{row.line}: no column {missing!r}"
+                f"{did_you_mean(missing, columns)}. Columns: {list_names(columns)}. Name one with "
+                "corpus_column (images: corpus_image_column)"
+            )
 
 
 def number_items(

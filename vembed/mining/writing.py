@@ -86,17 +86,10 @@ class RowWriter:
         if self._mode.document == MULTIMODAL:
             texts, images = (self._columns(f"negative_{part}", row) for part in ("text", "image"))
             if images or "negative_image" in self._mapping:
-                for column, cells in (
-                    (
-                        (texts or whole or self._named("negative_text"))[-1],
-                        [i.text for i in negatives],
-                    ),
-                    (
-                        (images or self._named("negative_image"))[-1],
-                        [_path(i, where) for i in negatives],
-                    ),
-                ):
-                    _extend(row, column, cells)
+                texts = texts or whole or self._named("negative_text")
+                images = images or self._named("negative_image")
+                _extend(row, texts[-1], [item.text for item in negatives])
+                _extend(row, images[-1], [_path(item, where) for item in negatives])
                 return
         cells = [_cell(item, where) for item in negatives]
         _extend(row, (whole or self._mapping.get("negative") or [_NEW_COLUMN])[-1], cells)
@@ -111,10 +104,9 @@ class RowWriter:
             row[column] = json.loads(row[column])
         for column in self._columns("score", row):
             row[column] = float(row[column])
-        if MULTIMODAL in (self._mode.query, self._mode.document):
-            for column in (
-                c for f in ("query", "positive", "negative") for c in self._columns(f, row)
-            ):
+        for field in ("query", "positive", "negative"):
+            modality = self._mode.query if field == "query" else self._mode.document
+            for column in self._columns(field, row) if modality == MULTIMODAL else ():
                 if row[column].lstrip().startswith("{"):
                     row[column] = json.loads(row[column])
         return row

@@ -1,4 +1,4 @@
-"""The tiled search finds what sorting everything in float64 finds, and counts what it leaves out."""
+"""The tiled search finds what sorting everything finds, and counts what it leaves out."""
 
 from __future__ import annotations
 
