@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from vembed.data import ImageRules, RecordDataset
 from vembed.data.problems import RowProblem
-from vembed.data.reading import RawRow
 from vembed.data.sources import Source, find_source
 from vembed.errors import ConfigError, DataError, shorten
 from vembed.image_urls import ImageUrl
@@ -39,7 +38,7 @@ from vembed.modes import Item, RetrievalMode
 Progress = Callable[[str, int], AbstractContextManager[Callable[[float], None]]]
 """Begins to show how much of something is done; gives what tells of more."""
 
-_WINDOW_ROWS = 1000
+_WINDOW_ROWS = 4096  # written at a time: a document that several of them have is read once
 
 
 @dataclass(frozen=True)
@@ -309,8 +308,8 @@ def _load(request: _Request) -> Pool:
         )
     _check_image_folders(request, rows, corpus)
     # Once before hours of encoding: has every column a form in JSON?
-    first = next(iter(request.source.read()))
-    request.writer().line(_values(first), [], None, rows[0].where)
+    first = next(_raw_rows(request))
+    request.writer().line(first.values, [], None, first.where)
     return number_items(rows, corpus, with_negatives=request.scores)
 
 
@@ -464,8 +463,7 @@ class _Written:
 
 def _write(request: _Request, pool: Pool, chosen: Chosen, scores: PairScores | None) -> _Written:
     """The rows with their negatives; the file is there when all of it is."""
-    raw = request.source.read()
-    writer = request.writer()
+    raw, writer = _raw_rows(request), request.writer()
     rows = negatives = 0
     with (
         request.progress("writing", len(pool.rows)) as advance,
@@ -475,15 +473,14 @@ def _write(request: _Request, pool: Pool, chosen: Chosen, scores: PairScores | N
             listed = [_documents_of(pool, chosen, row) for row in window]
             flat = np.concatenate([each.mined for each in listed])
             items = iter(pool.documents.read(flat.tolist()))
-            told = iter([] if scores is None else _scores(scores, pool, window, listed).tolist())
-            where = [record.where for record in pool.rows.__getitems__(list(window))]
-            for each, place in zip(listed, where, strict=True):
-                values = _values(next(raw, None), place)
+            told = iter([] if scores is None else _scores(scores, listed).tolist())
+            for each in listed:
+                row = next(raw)
                 mined = list(islice(items, len(each.mined)))
                 own = None if scores is None else list(islice(told, each.count))
                 if len(mined) < request.rules.num_negatives and request.short_rows == "drop":
                     continue
-                file.write(writer.line(values, mined, own, place).encode())
+                file.write(writer.line(row.values, mined, own, row.where).encode())
                 rows, negatives = rows + 1, negatives + len(mined)
             advance(len(window))
     return _Written(rows, negatives)
@@ -509,20 +506,33 @@ def _documents_of(pool: Pool, chosen: Chosen, row: int) -> _Documents:
     return _Documents(query, own, mined[mined >= 0])
 
 
-def _scores(
-    scores: PairScores, pool: Pool, window: range, listed: list[_Documents]
-) -> NDArray[np.float64]:
+def _scores(scores: PairScores, listed: list[_Documents]) -> NDArray[np.float64]:
     """Of all documents of some rows, row after row."""
     queries = np.repeat([each.query for each in listed], [each.count for each in listed])
     documents = [part for each in listed for part in (each.own, each.mined)]
     return scores(Pairs(queries, np.concatenate(documents)))
 
 
-def _values(row: RawRow | None, where: str = "") -> Mapping[str, Any]:
-    """The columns of a row that was read, and could be used, before."""
-    if row is None or isinstance(row.values, RowProblem):
-        raise DataError(f"{where}: the file has changed since it was read. Mine again")
-    return row.values
+@dataclass(frozen=True)
+class _Raw:
+    """A row as its file has it, and its `file:line`."""
+
+    values: Mapping[str, Any]
+    where: str
+
+
+def _raw_rows(request: _Request) -> Iterator[_Raw]:
+    """The rows once more, as many as there were.
+
+    Raises:
+        DataError: if the file has changed.
+    """
+    source = request.source
+    for row in source.read():
+        if isinstance(row.values, RowProblem):
+            break
+        yield _Raw(row.values, f"{source.files[row.file]}:{row.line}")
+    raise DataError(f"{request.data}: the file has changed since it was read. Mine again")
 
 
 def _examples(

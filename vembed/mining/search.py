@@ -31,7 +31,8 @@ _ROUNDING = 64 * float(np.finfo(np.float32).eps)
 _STEPS = 2.0**30
 _BLOCK_QUERIES = 1024
 _TILE_CANDIDATES = 2**13
-_SPARE = 16  # listed beyond what is wanted, so that rounding rarely leaves a doubt
+_SPARE = 8  # listed beyond what is wanted, so that rounding rarely leaves a doubt
+_MORE_SPARE = 256  # where it does, before a query is compared with everything in float64
 _HELD_NUMBERS = 2**28  # of all candidates' vectors, kept ready on the device: 1 GiB
 _EXACT_NUMBERS = 2**23  # held at once in float64: 64 MiB
 
@@ -57,6 +58,11 @@ class Pairs:
         """Those with one of the first documents."""
         is_below = self.documents < count
         return Pairs(self.queries[is_below], self.documents[is_below])
+
+    def select(self, rows: Ints) -> Pairs:
+        """Those of some queries, in ascending order, which are then counted from 0."""
+        chosen = np.isin(self.queries, rows)
+        return Pairs(np.searchsorted(rows, self.queries[chosen]), self.documents[chosen])
 
     def of_block(self, block: range) -> Pairs:
         """Those of some queries, which are then counted from 0."""
@@ -98,9 +104,9 @@ class Bounds:
         """Most, by margins and score."""
         return np.minimum(self.margin_Q, self.most)
 
-    def of_block(self, block: range) -> Bounds:
+    def select(self, rows: Ints) -> Bounds:
         """Those of some queries."""
-        return Bounds(self.margin_Q[block.start : block.stop], self.most, self.least)
+        return Bounds(self.margin_Q[rows], self.most, self.least)
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,9 @@ def search(
     tiles = _Tiles(documents, candidates, torch.device(device))
     for start in range(0, len(queries), _BLOCK_QUERIES):
         block = range(start, min(start + _BLOCK_QUERIES, len(queries)))
-        vectors_qD = torch.from_numpy(queries[np.arange(block.start, block.stop)])
-        work = _Block(vectors_qD, tiles, known.of_block(block), bounds.of_block(block), window)
+        numbers = np.arange(block.start, block.stop)
+        vectors_qD = torch.from_numpy(queries[numbers])
+        work = _Block(vectors_qD, tiles, known.of_block(block), bounds.select(numbers), window)
         yield work.solve(block)
 
 
@@ -232,6 +239,15 @@ class _Listed:
     reaching_q: Ints
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The first K of each query, and the list that they are from."""
+
+    numbers_qK: Ints
+    cosines_qK: Floats
+    listed: _Listed
+
+
 class _Block:
     """One block of queries."""
 
@@ -249,53 +265,76 @@ class _Block:
         self.last_q = np.minimum(last, self.left_q)
 
     def solve(self, block: range) -> Nearest:
-        listed = self._list()
+        """What these queries, which have the numbers of `block`, find."""
+        found = self.find(_SPARE)
+        return Nearest(block, found.numbers_qK, found.cosines_qK, self._excluded(found.listed))
+
+    def find(self, spare: int) -> _Found:
+        """The first K that are allowed, from a list of some more than could be needed."""
+        listed = self._list(self.window.first + self.window.take + spare)
         cosines_qL = self.tiles.exact(self.queries_qD, np.maximum(listed.numbers_qL, 0))
-        upper_q = self.bounds.upper_Q[:, None]
-        is_listed = listed.numbers_qL >= 0
-        above_q = listed.above_q + (is_listed & (cosines_qL > upper_q)).sum(1)
-        cosines_qL[~is_listed | (cosines_qL > upper_q)] = -np.inf
+        is_above_qL = (listed.numbers_qL >= 0) & (cosines_qL > self.bounds.upper_Q[:, None])
+        above_q = listed.above_q + is_above_qL.sum(1)
+        cosines_qL[(listed.numbers_qL < 0) | is_above_qL] = -np.inf
         order_qL = np.lexsort((listed.numbers_qL, -np.rint(cosines_qL * _STEPS)), axis=1)
         numbers_qL = np.take_along_axis(listed.numbers_qL, order_qL, axis=1)
         cosines_qL = np.take_along_axis(cosines_qL, order_qL, axis=1)
         numbers_qK, cosines_qK = self._take(numbers_qL, cosines_qL, above_q, self.last_q)
-        for row in np.flatnonzero(~self._is_proven(listed, cosines_qL, above_q)).tolist():
-            numbers_qK[row], cosines_qK[row] = self._rank_exactly(row)
-        return Nearest(block, numbers_qK, cosines_qK, self._excluded(listed))
+        doubtful = np.flatnonzero(~self._is_proven(listed, cosines_qL, above_q))
+        if len(doubtful) and spare < _MORE_SPARE:
+            again = self._select(doubtful).find(_MORE_SPARE)
+            numbers_qK[doubtful], cosines_qK[doubtful] = again.numbers_qK, again.cosines_qK
+        elif len(doubtful):
+            for row in doubtful.tolist():
+                numbers_qK[row], cosines_qK[row] = self._rank_exactly(row)
+        return _Found(numbers_qK, cosines_qK, listed)
 
-    def _list(self) -> _Listed:
+    def _select(self, rows: Ints) -> _Block:
+        known, bounds = self.known.select(rows), self.bounds.select(rows)
+        return _Block(self.queries_qD[rows], self.tiles, known, bounds, self.window)
+
+    def _list(self, wanted: int) -> _Listed:
         device, count = self.tiles.device, len(self.queries_qD)
         queries_qD = self.queries_qD.float().to(device)
-        upper_q, margin_q = (
+        upper_q, surely_q, margin_q = (
             torch.from_numpy(bound).float().to(device)[:, None]
-            for bound in (self.bounds.upper_Q + _ROUNDING, self.bounds.margin_Q)
+            for bound in (
+                self.bounds.upper_Q,
+                self.bounds.upper_Q + _ROUNDING,
+                self.bounds.margin_Q,
+            )
         )
-        wanted = min(self.window.first + self.window.take + _SPARE, max(1, self.tiles.count))
+        wanted = min(wanted, self.tiles.count)
         best_qL = torch.full((count, wanted), -math.inf, device=device)
         numbers_qL = torch.full((count, wanted), -1, dtype=torch.int64, device=device)
         above_margin_q, above_q, reaching_q = torch.zeros(
             (3, count), dtype=torch.int64, device=device
         )
-        has_margin = bool(np.isfinite(self.bounds.margin_Q).any())
-        has_upper = has_margin or math.isfinite(self.bounds.most)
+        room = torch.empty(count * min(_TILE_CANDIDATES, self.tiles.count), device=device)
+        has_upper = bool(np.isfinite(self.bounds.upper_Q).any())
         for start, tile_tD in self.tiles:
-            cosines_qt = queries_qD @ tile_tD.T
+            # Memory that is used again: fresh pages cost a tenth of the product.
+            cosines_qt = room[: count * len(tile_tD)].view(count, -1)
+            torch.matmul(queries_qD, tile_tD.T, out=cosines_qt)
             self._mask_known(cosines_qt, start)
-            if has_margin:
-                above_margin_q += (cosines_qt > margin_q).sum(1)
-            if has_upper:
-                is_above_qt = cosines_qt > upper_q
-                above_q += is_above_qt.sum(1)
-                cosines_qt.masked_fill_(is_above_qt, -math.inf)
             if math.isfinite(self.bounds.least):
                 reaching_q += (cosines_qt >= self.bounds.least).sum(1)
-            here = cosines_qt.topk(min(wanted, cosines_qt.shape[1]), dim=1)
-            both_q = torch.cat([best_qL, here.values], dim=1)
-            numbers_q = torch.cat([numbers_qL, here.indices + start], dim=1)
-            best_qL, places_qL = both_q.topk(wanted, dim=1)
-            numbers_qL = numbers_q.gather(1, places_qL)
+            here_qL, places_qL = cosines_qt.topk(min(wanted, cosines_qt.shape[1]), dim=1)
+            if has_upper:  # of most queries nothing in the tile is: counting costs as much as topk
+                rows = (here_qL[:, 0] > upper_q[:, 0]).nonzero()[:, 0]
+                some_qt = cosines_qt[rows]
+                is_above_qt = some_qt > surely_q[rows]
+                above_q[rows] += is_above_qt.sum(1)
+                above_margin_q[rows] += (some_qt > margin_q[rows]).sum(1)
+                left = some_qt.masked_fill_(is_above_qt, -math.inf).topk(here_qL.shape[1], dim=1)
+                here_qL[rows], places_qL[rows] = left
+            both_q = torch.cat([best_qL, here_qL], dim=1)
+            numbers_q = torch.cat([numbers_qL, places_qL + start], dim=1)
+            best_qL, order_qL = both_q.topk(wanted, dim=1)
+            numbers_qL = numbers_q.gather(1, order_qL)
         numbers_qL = numbers_qL.masked_fill(best_qL == -math.inf, -1)
-        reaching_q += above_q if math.isfinite(self.bounds.least) else self.tiles.count
+        if not math.isfinite(self.bounds.least):
+            reaching_q += self.tiles.count
         return _Listed(
             best_qL.double().cpu().numpy(),
             numbers_qL.cpu().numpy(),
@@ -329,7 +368,8 @@ class _Block:
 
     def _is_proven(self, listed: _Listed, cosines_qL: Floats, above_q: Ints) -> NDArray[np.bool_]:
         """Whether nothing that is not listed could have been taken."""
-        is_complete_q = listed.numbers_qL[:, -1] < 0
+        is_short = listed.numbers_qL.shape[1] == self.tiles.count
+        is_complete_q = is_short | (listed.numbers_qL[:, -1] < 0)
         # Nothing unlisted is more similar than this.
         rest_q = listed.cosines_qL[:, -1] + _ROUNDING + 1 / _STEPS
         certain_q = (cosines_qL > rest_q[:, None]).sum(1)

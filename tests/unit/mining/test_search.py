@@ -116,17 +116,17 @@ def ranked_exactly(monkeypatch) -> list[int]:
 
 
 def test_what_float32_cannot_tell_apart_is_ranked_in_float64(monkeypatch):
-    """300 documents whose cosines differ by 1e-9: their order is seen in float64 only."""
+    """600 documents whose cosines differ by 1e-9: their order is seen in float64 only."""
     rows = ranked_exactly(monkeypatch)
     query = np.zeros((1, 2), dtype=np.float32)
     query[0, 0] = 1
-    angles = 0.1 + 1e-8 * np.random.default_rng(0).permutation(300)
+    angles = 0.1 + 1e-8 * np.random.default_rng(0).permutation(600)
     documents = np.stack([np.cos(angles), np.sin(angles)], axis=1)
     # float32 has 2^-24 near one: lengths are spread, so that directions differ by less.
-    documents = (documents * np.linspace(1, 50, 300)[:, None]).astype(np.float32)
+    documents = (documents * np.linspace(1, 50, 600)[:, None]).astype(np.float32)
     none = Pairs(np.empty(0, np.int64), np.empty(0, np.int64))
     settings = {
-        "candidates": 300,
+        "candidates": 600,
         "known": none,
         "bounds": Bounds(np.asarray([math.inf])),
         "window": Window(0, None, 5),
@@ -134,6 +134,12 @@ def test_what_float32_cannot_tell_apart_is_ranked_in_float64(monkeypatch):
     numbers, *_ = run(query, documents, **settings)
     np.testing.assert_array_equal(numbers, reference(query, documents, **settings)[0])
     assert rows == [0]
+    rows.clear()
+    # Of fewer, all are listed the second time.
+    numbers, *_ = run(query, documents, **(settings | {"candidates": 200}))
+    expected = reference(query, documents, **(settings | {"candidates": 200}))[0]
+    np.testing.assert_array_equal(numbers, expected)
+    assert rows == []
 
 
 def test_and_nothing_else_is(monkeypatch):
