@@ -102,6 +102,23 @@ def test_as_sorting_everything_does(window, bounds, ties, tiles, monkeypatch):
     assert (numbers < 130).all()
 
 
+@pytest.mark.parametrize("first", [0, 3, 6])
+@pytest.mark.parametrize("distance", [2e-6, -2e-6])
+def test_a_bound_that_float32_hardly_tells_from_a_cosine(first, distance):
+    """That of the candidate of rank 4, which is left out, or just not, and counts in the ranks."""
+    queries, documents, known = random_case(4)
+    free = Bounds(np.full(len(queries), math.inf))
+    settings = {"candidates": 150, "known": known}
+    _, nearest, _ = reference(
+        queries, documents, bounds=free, window=Window(0, None, 5), **settings
+    )
+    settings |= {"bounds": Bounds(nearest[:, 4] - distance), "window": Window(first, 9, 3)}
+    numbers, _, excluded = run(queries, documents, **settings)
+    expected_numbers, _, expected_excluded = reference(queries, documents, **settings)
+    np.testing.assert_array_equal(numbers, expected_numbers)
+    assert excluded == expected_excluded
+
+
 def ranked_exactly(monkeypatch) -> list[int]:
     """The rows of blocks that were ranked in float64 throughout."""
     rows: list[int] = []
