@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vembed.data import ImageRules, RecordDataset
+from vembed.data.file_names import data_folder, file_name_warning
 from vembed.data.problems import RowProblem
 from vembed.data.sources import Source, find_source
 from vembed.errors import ConfigError, DataError, shorten
@@ -38,6 +40,9 @@ from vembed.modes import Item, RetrievalMode
 Progress = Callable[[str, int], AbstractContextManager[Callable[[float], None]]]
 """Begins to show how much of something is done; gives what tells of more."""
 
+logger = logging.getLogger(__name__)
+
+_LOOKED_AT = 500
 _WINDOW_ROWS = 4096  # written at a time: a document that several of them have is read once
 
 
@@ -307,10 +312,23 @@ def _load(request: _Request) -> Pool:
             "scores (--scores), which writes them anew for all, or remove the column"
         )
     _check_image_folders(request, rows, corpus)
+    _warn_of_file_names(request, rows)
     # Once before hours of encoding: has every column a form in JSON?
     first = next(_raw_rows(request))
     request.writer().line(first.values, [], None, first.where)
     return number_items(rows, corpus, with_negatives=request.scores)
+
+
+def _warn_of_file_names(request: _Request, rows: RecordDataset) -> None:
+    first = list(islice(rows, _LOOKED_AT))
+    sides = {
+        "queries": [record.query for record in first],
+        "documents": [item for record in first for item in record.positives],
+    }
+    folder = request.images.root or data_folder(request.data)
+    warning = file_name_warning(request.data, request.mode, sides, folder)
+    if warning is not None:
+        logger.warning(warning)
 
 
 def _check_image_folders(

@@ -117,6 +117,23 @@ def test_prompts_decide(mine, tiny_st_path):
     assert mine()[1] != mine(name="other.jsonl", model=other)[1]
 
 
+def test_one_text_as_a_query_and_as_a_document_has_two_vectors(mine, predictor, tmp_path):
+    rows = [*PAIRS, {"query": "a place", "positive": PAIRS[9]["query"]}]
+    _, written = mine(write_rows(tmp_path / "both.jsonl", rows))
+    expected = expected_negatives(predictor, rows, [row["positive"] for row in rows], RULES)
+    assert [row.get("negatives", []) for row in written] == [expected[r["query"]] for r in rows]
+    documents = predictor.encode_document([PAIRS[9]["query"]])
+    assert not np.allclose(documents, predictor.encode_query([PAIRS[9]["query"]]), atol=1e-2)
+
+
+def test_names_of_images_are_told(mine, tmp_path, caplog):
+    write_pictures(tmp_path)
+    names = sorted(path.name for path in tmp_path.glob("*.png"))
+    rows = [{"query": f"picture {name}", "positive": name} for name in names]
+    mine(write_rows(tmp_path / "names.jsonl", rows))
+    assert "most of the documents are names of image files" in caplog.text
+
+
 def test_scores_of_the_model(mine, predictor, rows, tmp_path):
     data = [dict(row, negatives=["a bird"]) if n == 1 else row for n, row in enumerate(ROWS)]
     _, written = mine(write_rows(tmp_path / "more.jsonl", data), scores=True)
