@@ -1,4 +1,14 @@
-"""Hard negatives: documents near a query that are no answer to it, found and written beside it."""
+"""Hard negatives: documents near a query that are no answer to it, found and written beside it.
+
+Example:
+    >>> from vembed.mining import MiningRules, mine_hard_negatives
+    >>> mine_hard_negatives(  # doctest: +SKIP
+    ...     "pairs.jsonl",
+    ...     output="mined.jsonl",
+    ...     model="BAAI/bge-small-en-v1.5",
+    ...     rules=MiningRules(num_negatives=5, relative_margin=0.05),
+    ... )
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

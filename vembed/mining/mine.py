@@ -154,15 +154,6 @@ def mine_hard_negatives(
     Vectors are kept on disk by content, so that a call that was killed goes on where it was when it
     is made again, and writes the same bytes.
 
-    Example:
-        >>> from vembed.mining import MiningRules, mine_hard_negatives  # doctest: +SKIP
-        >>> mine_hard_negatives(  # doctest: +SKIP
-        ...     "pairs.jsonl",
-        ...     output="mined.jsonl",
-        ...     model="BAAI/bge-small-en-v1.5",
-        ...     rules=MiningRules(num_negatives=5, relative_margin=0.05),
-        ... )
-
     Args:
         data: Rows of a query and its positives, in any form that training reads.
         output: File of JSON Lines to write: the rows as they came, with the negatives in the column
@@ -191,7 +182,6 @@ def mine_hard_negatives(
         ConfigError: if an argument cannot be meant.
         DataError: if a row cannot be used, or too many are short.
     """
-    started = time.perf_counter()
     request = _Request(
         data=str(data),
         output=Path(output),
@@ -207,33 +197,12 @@ def mine_hard_negatives(
         short_rows=short_rows,
         query_vectors=query_vectors,
         corpus_vectors=corpus_vectors,
-        cache=Path(f"{output}.cache" if cache is None else cache),
+        kept_cache=None if cache is None else Path(cache),
+        overwrite=overwrite,
+        examples=examples,
         progress=progress,
     )
-    _check(request, overwrite=overwrite)
-    pool = _load(request)
-    search = _Search(request, pool)
-    chosen = search.run()
-    written = _write(request, pool, chosen, search.written_scores)
-    if cache is None:
-        search.remove_cache()
-    has_negative_Q = chosen.counts_Q > 0
-    return MiningResult(
-        output=request.output,
-        rows=len(pool.rows),
-        written=written.rows,
-        queries=len(pool.queries),
-        candidates=pool.candidates,
-        negatives=written.negatives,
-        short_rows=int((chosen.counts_Q[pool.query_R] < rules.num_negatives).sum()),
-        excluded=chosen.excluded,
-        positive_score=float(search.positive_scores_P.mean()),
-        negative_score=float(np.nanmean(chosen.scores_QN)) if has_negative_Q.any() else math.nan,
-        computed=search.computed,
-        examples=_examples(pool, chosen, search.positive_scores_P, examples),
-        cache=None if cache is None else request.cache,
-        seconds=time.perf_counter() - started,
-    )
+    return _mine(request)
 
 
 @dataclass(frozen=True)
@@ -254,8 +223,15 @@ class _Request:
     short_rows: ShortRows
     query_vectors: str | Path | None
     corpus_vectors: str | Path | None
-    cache: Path
+    kept_cache: Path | None
+    overwrite: bool
+    examples: int
     progress: Progress
+
+    @property
+    def cache(self) -> Path:
+        """Where vectors are stored."""
+        return self.kept_cache or Path(f"{self.output}.cache")
 
     @property
     def source(self) -> Source:
@@ -267,9 +243,37 @@ class _Request:
         return RowWriter(self.column_mapping, self.mode, text_cells=self.source.text_cells)
 
 
-def _check(request: _Request, *, overwrite: bool) -> None:
+def _mine(request: _Request) -> MiningResult:
+    started = time.perf_counter()
+    _check(request)
+    pool = _load(request)
+    search = _Search(request, pool)
+    chosen = search.run()
+    written = _write(request, pool, chosen, search.written_scores)
+    if request.kept_cache is None:
+        search.remove_cache()
+    counts_Q = chosen.counts_Q
+    return MiningResult(
+        output=request.output,
+        rows=len(pool.rows),
+        written=written.rows,
+        queries=len(pool.queries),
+        candidates=pool.candidates,
+        negatives=written.negatives,
+        short_rows=int((counts_Q[pool.query_R] < request.rules.num_negatives).sum()),
+        excluded=chosen.excluded,
+        positive_score=float(search.positive_scores_P.mean()),
+        negative_score=float(np.nanmean(chosen.scores_QN)) if counts_Q.any() else math.nan,
+        computed=search.computed,
+        examples=_examples(pool, chosen, search.positive_scores_P, request.examples),
+        cache=request.kept_cache,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check(request: _Request) -> None:
     """Raise ConfigError about what can be seen before rows are read."""
-    check_output(request.output, request.data, overwrite=overwrite)
+    check_output(request.output, request.data, overwrite=request.overwrite)
     check_short_rows(request.short_rows)
     Margins(request.rules.absolute_margin, request.rules.relative_margin)
     has_both = request.query_vectors is not None and request.corpus_vectors is not None
