@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     bench = Bench.of(arguments)
     show_machine(bench)
-    model, tokens = model_folder(arguments), longest(arguments, 128)
+    model, tokens = model_folder(arguments), longest(arguments, 256)
     ours = ["cache"] if arguments.quick else ["cache", "auto"]
     chosen = bench.only or (*ours, "peer", "sorted")
     for batch in arguments.batches or ([16] if arguments.quick else [512]):

@@ -3,11 +3,14 @@
     python benchmarks/losses.py                       # 1k, 4k, 16k
     python benchmarks/losses.py --sizes 65536 --variants tiled --rounds 1
 
-Vectors are random. Both must give the same loss and the same gradient.
+Vectors are random. Both must give the same loss and the same gradient. What is freed goes back to
+the system at once, so that peaks are of what is in use, not of how memory was cut up before.
 """
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from typing import Any
 
 from harness import Bench, Meter, Variant, build_parser, show_machine
@@ -17,6 +20,7 @@ KINDS = {
     "both": "InfoNCE in both directions",
     "sigmoid": "pairwise sigmoid",
 }
+MMAP_THRESHOLD = -3  # of glibc's malloc.h: as many bytes are asked of the system
 LARGEST_DENSE = 16384  # a matrix of 65,536 x 65,536 has 16 GiB, and its backward several
 
 
@@ -25,6 +29,8 @@ def run_loss(meter: Meter, *, kind: str, size: int, dim: int, device: str, dense
 
     from vembed.losses import build_criterion
 
+    if sys.platform == "linux" and device == "cpu":
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
     generator = torch.Generator().manual_seed(0)
     query_BD, positive_BD = (
         torch.randn(size, dim, generator=generator).to(device).requires_grad_() for _ in range(2)

@@ -453,7 +453,7 @@ class TrainConfig(BaseModel):
     )
     loss_tile_size: TileSize = Field(
         "auto",
-        description="Rows and columns of similarities held at once; auto: 32 MB of them",
+        description="Rows and columns of similarities held at once; auto: 8 MB on a CPU, else 32",
     )
     guide_model_name: str | None = Field(
         None,

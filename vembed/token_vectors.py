@@ -41,9 +41,15 @@ def pad_tokens(vectors: Tensor, tokens: int) -> Tensor:
 
 
 def cat_items(parts: Sequence[Tensor]) -> Tensor:
-    """Embeddings of items one after the other, padded to the longest; `[n, D]` or `[n, T, D]`."""
+    """Embeddings of items one after the other, padded to the longest; `[n, D]` or `[n, T, D]`.
+
+    May be one of the parts itself.
+    """
     tokens = max(part.shape[1] for part in parts)
-    return torch.cat([pad_tokens(part, tokens) for part in parts])
+    padded = [pad_tokens(part, tokens) for part in parts]
+    filled = [part for part in padded if len(part)]
+    # What is all there is, is not copied.
+    return filled[0] if len(filled) == 1 else torch.cat(padded)
 
 
 @dataclass(frozen=True, eq=False)

@@ -388,7 +388,7 @@ class TestWhatOnlyChangesHowARunComputes:
         tile_shape = tiling.tile_shape
 
         def spy(*args):
-            shapes.append((args[-1], tile_shape(*args)))
+            shapes.append((args[3], tile_shape(*args)))
             return shapes[-1][1]
 
         monkeypatch.setattr(tiling, "tile_shape", spy)

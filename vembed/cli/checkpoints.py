@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vembed.cli.parsing import Parser
 from vembed.errors import CheckpointError, ConfigError
 from vembed.training.manifest import Damage, find_damage, read_manifest, remove_folder
 from vembed.training.output_lock import OutputLock
@@ -106,15 +107,8 @@ def main(argv: list[str]) -> int:
     return 1 if any(one.damage for one in found) else 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{_PROG}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=_PROG,
         allow_abbrev=False,
         add_help=False,

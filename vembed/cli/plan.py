@@ -8,8 +8,8 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from vembed.cli.parsing import Parser
 from vembed.config import RUN_REQUIRES
-from vembed.errors import ConfigError
 from vembed.training.config import load_and_parse_config
 
 if TYPE_CHECKING:
@@ -64,15 +64,8 @@ def main(argv: list[str]) -> int:
     return 1 if plan.fits is False else 0
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{_PROG}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=_PROG,
         usage="%(prog)s --config FILE [--config_override KEY=VALUE ...] [--KEY VALUE ...]\n"
         "       [--gpus N] [--memory GiB] [--tflops N] [--bandwidth GB/s] [--json]",

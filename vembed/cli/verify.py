@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vembed.cli import verify_resume
+from vembed.cli.parsing import Parser
 from vembed.cli.terminal import sigterm_as_interrupt
 from vembed.config import RUN_REQUIRES, TrainConfig
 from vembed.errors import ConfigError, did_you_mean
@@ -93,20 +94,13 @@ def _verify(config: TrainConfig, arguments: argparse.Namespace) -> Verification:
             )
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{_PROG}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
     width = max(len(variation.name) for variation in VARIATIONS)
     conditions = "\n".join(f"  {v.name:<{width}}  {v.meaning}" for v in VARIATIONS)
     tolerances = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items())
     precision = f"type of weights (default: float64); tolerances: {tolerances}"
     most = f"rows per process and micro-batch (default: batch_size, at most {MAX_PAIRS})"
-    parser = _Parser(
+    parser = Parser(
         prog=f"{_PROG} gradients",
         usage="%(prog)s --config FILE [--config_override KEY=VALUE ...] [--KEY VALUE ...]\n"
         "       [--processes N] [--precision float64|float32] [--pairs N] [--every_case] [--json]",

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from vembed.cli.parsing import Parser
 from vembed.cli.terminal import sigterm_as_interrupt
 from vembed.config import RUN_REQUIRES
-from vembed.errors import ConfigError
 from vembed.training.config import load_and_parse_config
 
 if TYPE_CHECKING:
@@ -57,15 +57,8 @@ def main(argv: list[str]) -> int:
     return 0 if verification.passed else 1
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print its usage and exit."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{_PROG}: {message}")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=_PROG,
         usage="%(prog)s --config FILE [--config_override KEY=VALUE ...] [--KEY VALUE ...]\n"
         "       [--steps N] [--processes N] [--json]",

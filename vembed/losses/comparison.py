@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vembed.losses.similarity import unit_rows
+from vembed.losses.similarity import paired_dots, unit_rows
 from vembed.token_vectors import real_tokens
 
 PAIR_BYTES = 32 * 2**20
@@ -93,7 +93,7 @@ class Cosine:
 
     def paired(self, rows: Tensor, columns: Tensor) -> Tensor:
         """See `Comparison`."""
-        return (rows * columns).sum(1)
+        return paired_dots(rows, columns)
 
 
 class MaxSim:

@@ -124,6 +124,7 @@ class GlobalBatch:
     positive_weight_M: Tensor
     comparison: Comparison
     guide: GuideRows | None
+    _one_each: bool
     _sizes: list[_Sizes]
     _ids: _Ids
     _negative_ids_K: Tensor
@@ -139,7 +140,8 @@ class GlobalBatch:
 
     def own_similarities(self) -> Tensor:
         """`[M]`, of each positive of this process and its query."""
-        return self.comparison.paired(self.query_BD[self.owner_M], self.positive_MD)
+        query_MD = self.query_BD if self._one_each else self.query_BD[self.owner_M]
+        return self.comparison.paired(query_MD, self.positive_MD)
 
     def own_positives(self, values_C: Tensor) -> Tensor:
         """`[M]`, of one number per document the numbers of this process's positives."""
@@ -309,14 +311,15 @@ def gather_batch(
     weight = process_count() / sum(size.queries for size in sizes)
     return GlobalBatch(
         query_BD=query_BD,
-        positive_MD=documents[: len(positive)],
+        positive_MD=_first_rows(documents, len(positive)),
         negative_KD=documents[len(positive) :],
-        documents_CD=gather_rows(documents[: counts[process_index()]], counts),
+        documents_CD=gather_rows(_first_rows(documents, counts[process_index()]), counts),
         owner_M=owner_M,
         query_weight=weight,
         positive_weight_M=weight / counts_positive[owner_M].to(query_BD.dtype),
         comparison=comparison,
         guide=None if guide is None else _guide_rows(guide, own, counts),
+        _one_each=bool((on_host(counts_positive) == 1).all()),
         _sizes=sizes,
         _ids=ids,
         _negative_ids_K=own_documents[len(positive) :],
@@ -367,6 +370,11 @@ def _guide_rows(guide: Guide, own: _Sizes, counts: list[int]) -> GuideRows:
         negative_KG=documents[own.positives :],
         documents_CG=gather_rows(documents[: counts[process_index()]], counts),
     )
+
+
+def _first_rows(rows: Tensor, count: int) -> Tensor:
+    """A slice; of all rows none, because the gradient of a slice is made by copying it."""
+    return rows if count == len(rows) else rows[:count]
 
 
 class _LogSumExpOverProcesses(torch.autograd.Function):

@@ -109,8 +109,8 @@ class InfoNCE(nn.Module):
             temperature: Divides cosine similarities, above 0.
             learn_temperature: Train it, starting from the one given; call `clamp` after each step.
             bidirectional: Also rank the queries for each positive.
-            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB, and
-                twice that when `bidirectional`.
+            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 8 MB on a
+                CPU, else 32, and twice that when `bidirectional`.
             query_negatives: Also keep queries apart.
             document_negatives: Also keep positives apart.
             joint: One sum for all that is asked for, instead of the mean of both directions.

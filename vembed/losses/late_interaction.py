@@ -51,7 +51,7 @@ class MaxSimInfoNCE(InfoNCE):
             learn_temperature: Train it.
             bidirectional: Also rank the queries for each positive.
             tile_size: Queries and documents of a tile; it holds as many similarities of tokens as
-                they have. `auto`: 32 MB of them.
+                they have. `auto`: 8 or 32 MB of them.
             joint: One sum for both directions.
             hard_negatives: Those of `all` rows for each query, or its `own`.
             hardness: How much more similar negatives weigh.

@@ -57,7 +57,7 @@ class NormalizedSoftmax(nn.Module):
 
         Args:
             temperature: T, above 0.
-            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB.
+            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 8 or 32 MB.
             num_classes: L; labels are from 0 to below it.
             embedding_dim: D.
 
@@ -120,7 +120,7 @@ class ArcFace(nn.Module):
 
         Args:
             temperature: T, above 0.
-            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB.
+            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 8 or 32 MB.
             margin: Radians, from 0 to below pi / 2.
             num_classes: L; labels are from 0 to below it.
             embedding_dim: D.

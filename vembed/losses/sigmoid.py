@@ -60,7 +60,7 @@ class PairwiseSigmoid(nn.Module):
             learn_temperature: Train temperature and bias, starting from those given; call `clamp`
                 after each step.
             bias: Added to similarities; below zero since most pairs are no match.
-            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB.
+            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 8 or 32 MB.
             absolute_margin: Leave out of a query's negatives what is more similar to it than its
                 most similar positive less this (cosine, from -2 to 2; below zero: more similar by
                 that much). None: nothing, or with `guided` 0.

@@ -38,7 +38,7 @@ class SupervisedContrastive(nn.Module):
 
         Args:
             temperature: Divides cosine similarities, above 0.
-            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 32 MB.
+            tile_size: Rows and columns of the similarity matrix held at once; `auto`: 8 or 32 MB.
 
         Raises:
             ConfigError: if temperature or tile size is out of range.

@@ -27,9 +27,13 @@ from vembed.losses.similarity import full_precision
 from vembed.placing import to_device
 
 TILE_BYTES = 32 * 2**20
+"""Held at once, on a device that wants much work at a time."""
+
+CPU_TILE_BYTES = 8 * 2**20
+"""The same on a CPU, which is no faster with more."""
 
 TileSize = int | Literal["auto"]
-"""Rows and columns of a tile; `auto` takes as many as fill `TILE_BYTES`."""
+"""Rows and columns of a tile; `auto` takes as many as fill `tile_bytes`."""
 
 
 class Reduction(Protocol):
@@ -195,7 +199,7 @@ def tiled_similarities(rows_RD: Tensor, columns_CD: Tensor, comparison: Comparis
     """All similarities, `[R, C]`; those of tokens are held for a tile at a time."""
     similarity_RC = rows_RD.new_empty(len(rows_RD), len(columns_CD))
     itemsize = rows_RD.element_size() * comparison.entries(rows_RD, columns_CD)
-    height, width = tile_shape(len(rows_RD), len(columns_CD), itemsize, "auto")
+    height, width = tile_shape(len(rows_RD), len(columns_CD), itemsize, "auto", rows_RD.device)
     nothing = rows_RD.new_zeros(())
     for rows in _slices(len(rows_RD), height):
         for columns in _slices(len(columns_CD), width):
@@ -219,11 +223,18 @@ def check_tile_size(tile_size: TileSize) -> None:
         )
 
 
-def tile_shape(rows: int, columns: int, itemsize: int, tile_size: TileSize) -> tuple[int, int]:
+def tile_bytes(device: torch.device) -> int:
+    """What a tile of `auto` size may take there."""
+    return CPU_TILE_BYTES if device.type == "cpu" else TILE_BYTES
+
+
+def tile_shape(
+    rows: int, columns: int, itemsize: int, tile_size: TileSize, device: torch.device
+) -> tuple[int, int]:
     """Rows and columns of a tile: square, unless `auto` needs more rows to fill it."""
     if tile_size != "auto":
         return max(1, min(rows, tile_size)), max(1, min(columns, tile_size))
-    numbers = max(1, TILE_BYTES // itemsize)
+    numbers = max(1, tile_bytes(device) // itemsize)
     width = max(1, min(columns, math.isqrt(numbers)))
     return max(1, min(rows, numbers // width)), width
 
@@ -290,7 +301,7 @@ class _Tiling:
         size = len(factors.rows_RD), len(factors.columns_CD)
         entries = self.comparison.entries(factors.rows_RD, factors.columns_CD)
         itemsize = factors.rows_RD.element_size() * entries
-        height, width = tile_shape(*size, itemsize, self.tile_size)
+        height, width = tile_shape(*size, itemsize, self.tile_size, factors.rows_RD.device)
         # The same room for all: fresh pages for each tile cost a CPU as much as its arithmetic.
         rooms = [factors.rows_RD.new_empty(height * width) for _ in range(self.sides)]
         bias = factors.bias / self.reduction.unit

@@ -59,7 +59,7 @@ def test_the_number_of_a_querys_tokens_counts_only_when_scores_are_sums():
 
 
 def test_a_tile_never_holds_more_tokens_than_it_may(monkeypatch):
-    monkeypatch.setattr(tiling, "TILE_BYTES", 4 * 8 * 6 * 7)
+    monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 4 * 8 * 6 * 7)
     monkeypatch.setattr(comparison, "PAIR_BYTES", 1)
     expected = evaluate(build(tile_size=100), make_tokens(0))
     held = []

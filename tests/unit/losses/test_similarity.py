@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from vembed.losses import DISTILLATION_LOSSES, build_distillation_loss
-from vembed.losses.similarity import unit_rows
+from vembed.losses import DISTILLATION_LOSSES, build_distillation_loss, similarity
+from vembed.losses.similarity import dot_rows, paired_dots, unit_rows
 
 
 def test_rows_and_gradients_are_those_of_torch():
@@ -29,6 +29,23 @@ def test_a_zero_row_stays_zero_with_a_gradient_of_ordinary_size(dtype):
     assert scaled.tolist() == [[0, 0], [pytest.approx(0.6), pytest.approx(0.8)]]
     (scaled * torch.tensor([2.0, 1.0])).sum().backward()
     assert rows.grad[0].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("shape", [(7, 3), (7, 2, 3)])
+def test_dot_products_of_rows_are_the_same_in_parts(shape, monkeypatch):
+    first, second = torch.randn(2, *shape, dtype=torch.float64)
+    whole = dot_rows(first, second)
+    monkeypatch.setattr(similarity, "_PRODUCT_BYTES", 2 * 8 * first[0].numel())  # two rows
+    torch.testing.assert_close(dot_rows(first, second), whole, rtol=0, atol=0)
+    torch.testing.assert_close(whole, (first * second).sum(-1), rtol=0, atol=0)
+
+
+def test_gradients_of_paired_dot_products():
+    rows, columns = (torch.randn(5, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(paired_dots, (rows, columns))
+    assert torch.autograd.gradcheck(lambda own: paired_dots(own, own), (rows,))
+    paired_dots(rows, columns.detach()).sum().backward()
+    assert torch.equal(rows.grad, columns)
 
 
 @pytest.mark.parametrize("kind", DISTILLATION_LOSSES)

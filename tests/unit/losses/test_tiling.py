@@ -7,6 +7,7 @@ import torch
 
 from vembed.losses.relevance import Relevance
 from vembed.losses.tiling import (
+    CPU_TILE_BYTES,
     TILE_BYTES,
     Limits,
     tile_shape,
@@ -17,19 +18,20 @@ from vembed.losses.tiling import (
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "tile_size", "shape"),
+    ("rows", "columns", "tile_size", "device", "shape"),
     [
-        (10, 20, 4, (4, 4)),
-        (3, 2, 4, (3, 2)),
-        (0, 5, 4, (1, 4)),
-        (100, 100, "auto", (100, 100)),
-        (10**6, 10**6, "auto", (2896, 2896)),  # 32 MB of float32
-        (10**6, 1000, "auto", (8388, 1000)),  # few columns leave room for more rows
+        (10, 20, 4, "cpu", (4, 4)),
+        (3, 2, 4, "cpu", (3, 2)),
+        (0, 5, 4, "cpu", (1, 4)),
+        (100, 100, "auto", "cpu", (100, 100)),
+        (10**6, 10**6, "auto", "cpu", (1448, 1448)),  # 8 MB of float32
+        (10**6, 10**6, "auto", "cuda", (2896, 2896)),  # 32 MB
+        (10**6, 1000, "auto", "cuda", (8388, 1000)),  # few columns leave room for more rows
     ],
 )
-def test_tile_shape(rows, columns, tile_size, shape):
-    assert tile_shape(rows, columns, 4, tile_size) == shape
-    assert shape[0] * shape[1] * 4 <= TILE_BYTES
+def test_tile_shape(rows, columns, tile_size, device, shape):
+    assert tile_shape(rows, columns, 4, tile_size, torch.device(device)) == shape
+    assert shape[0] * shape[1] * 4 <= (CPU_TILE_BYTES if device == "cpu" else TILE_BYTES)
 
 
 def _pairs(relevance, rows, start, stop):

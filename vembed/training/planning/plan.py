@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from vembed.chunking import take_rows
 from vembed.config import TrainConfig
 from vembed.data import Collator, Record, RecordDataset
+from vembed.losses.tiling import CPU_TILE_BYTES, TILE_BYTES
 from vembed.models.protocol import Encoder
 from vembed.training.data_utils import maybe_first, row_lengths, unpack_roles
 from vembed.training.gradient_cache import GradientCache
@@ -33,7 +34,6 @@ SAMPLED_BATCHES = 3
 CONTEXT_BYTES = 600 * 2**20
 """What a CUDA context and its libraries take before the first tensor."""
 
-_TILE_BYTES = 32 * 2**20
 _TILES_AT_ONCE = 3  # similarities, their exponentials, their gradient
 _BUCKET_BYTES = 32 * 2**20
 _KEPT_BY_ALLOCATOR = 0.1
@@ -194,13 +194,14 @@ def plan_run(
     framework = CONTEXT_BYTES if on_accelerator else psutil.Process().memory_info().rss
     step = _Step(config, encoder, tracer)
     costs = [step.cost(batch) for batch in batches]
+    tile = TILE_BYTES if on_accelerator else CPU_TILE_BYTES
     largest = max(costs, key=lambda cost: cost.activations)
     rows = max(batch.columns for batch in batches)
     memory = Memory(
         framework=framework,
         activations=largest.activations,
         allocator=_kept_by_allocator(largest.activations, on_accelerator),
-        loss=_TILES_AT_ONCE * min(4 * config.batch_size * rows * processes, _TILE_BYTES),
+        loss=_TILES_AT_ONCE * min(4 * config.batch_size * rows * processes, tile),
         gathered=8 * rows * processes * encoder.embedding_dim if processes > 1 else 0,
         **parameters,
     )
