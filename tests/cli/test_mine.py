@@ -114,6 +114,7 @@ def test_a_killed_one_is_gone_on_with(arguments, tmp_path, capsys):
         (["--output", "rows.jsonl", "--overwrite"], "vembed: output: rows.jsonl is the file of"),
         (["--column_mapping", "query"], "vembed: --column_mapping: expected FIELD=COLUMN. Rec"),
         (["--batch_size", "0"], "vembed: --batch_size: must be at least 1. Received: 0"),
+        (["--range_max", "many"], "vembed: vembed mine: argument --range_max: invalid int value"),
         (["--show", "-1"], "vembed: --show: must be at least 0. Received: -1"),
         (["--retrieval_mode", "x2t"], "vembed: retrieval_mode: expected two of t (text)"),
         (["--data", "no.jsonl"], "vembed: no.jsonl: there is no such file"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vembed.cli.image_options import add_image_options, image_rules
+from vembed.cli.parsing import Parser
 from vembed.cli.row_options import add_row_options, read_column_mapping, resolve_retrieval_mode
 from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError, shorten
@@ -70,7 +71,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="vembed mine",
         allow_abbrev=False,
         description="Find hard negatives: documents near a query that are no answer to it. The "
