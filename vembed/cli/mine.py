@@ -17,7 +17,7 @@ from vembed.mining.rules import MiningRules, check_output
 
 if TYPE_CHECKING:
     from vembed.mining import MiningResult
-    from vembed.mining.mine import Example, Scored
+    from vembed.mining.results import Example, Scored
 
 _RULES = MiningRules()
 

@@ -16,12 +16,19 @@ from typing import TYPE_CHECKING, Any
 from vembed.mining.rules import MiningRules
 
 if TYPE_CHECKING:
-    from vembed.mining.mine import MiningResult, mine_hard_negatives
+    from vembed.mining.mine import Corpus, mine_hard_negatives
+    from vembed.mining.results import MiningResult
+    from vembed.mining.vectors import ModelChoice
 
 # Resolved on first use: a mistake in the rules is told before torch is imported.
-_LAZY = {"MiningResult": "mine", "mine_hard_negatives": "mine"}
+_LAZY = {
+    "Corpus": "mine",
+    "MiningResult": "results",
+    "ModelChoice": "vectors",
+    "mine_hard_negatives": "mine",
+}
 
-__all__ = ["MiningResult", "MiningRules", "mine_hard_negatives"]
+__all__ = ["Corpus", "MiningResult", "MiningRules", "ModelChoice", "mine_hard_negatives"]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,13 +29,14 @@ from vembed.inference.vector_store import written_whole
 from vembed.losses.margins import Margins
 from vembed.mining.choosing import Chosen, blocks, choose
 from vembed.mining.rescoring import Cosines, Judge, PairScores, as_probability
+from vembed.mining.results import MiningResult, find_examples
 from vembed.mining.rows import Pool, load_corpus, load_rows, number_items
 from vembed.mining.rules import MiningRules, ShortRows, check_output, check_short_rows
-from vembed.mining.search import Excluded, Pairs
+from vembed.mining.search import Pairs
 from vembed.mining.vectors import Embedder, ModelChoice, VectorRows, open_vectors
 from vembed.mining.writing import RowWriter
 from vembed.models.protocol import Role
-from vembed.modes import Item, RetrievalMode
+from vembed.modes import RetrievalMode
 
 Progress = Callable[[str, int], AbstractContextManager[Callable[[float], None]]]
 """Begins to show how much of something is done; gives what tells of more."""
@@ -44,61 +45,6 @@ logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 500
 _WINDOW_ROWS = 4096  # written at a time: a document that several of them have is read once
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A document and how it was judged."""
-
-    item: Item
-    score: float
-
-
-@dataclass(frozen=True)
-class Example:
-    """What one query got, to look at."""
-
-    query: Item
-    positives: list[Scored]
-    negatives: list[Scored]
-
-
-@dataclass(frozen=True)
-class MiningResult:
-    """What was done.
-
-    Attributes:
-        output: The file that was written.
-        rows: Rows that were read.
-        written: Rows that were written.
-        queries: Distinct queries.
-        candidates: Distinct documents that could be negatives.
-        negatives: Negatives that were written, over all rows.
-        short_rows: Rows whose query has fewer than `num_negatives`.
-        excluded: Pairs of a query and a candidate that each rule left out.
-        positive_score: Mean score of queries with their positives: cosine, or what the
-            cross-encoder says, from 0 to 1.
-        negative_score: Likewise, with the negatives that were chosen; NaN where there are none.
-        computed: Items that were encoded, and pairs that a cross-encoder scored.
-        examples: Queries that stand at equal distances in the rows.
-        cache: Where vectors are kept; None where they were removed.
-        seconds: How long it took.
-    """
-
-    output: Path
-    rows: int
-    written: int
-    queries: int
-    candidates: int
-    negatives: int
-    short_rows: int
-    excluded: Excluded
-    positive_score: float
-    negative_score: float
-    computed: int
-    examples: list[Example]
-    cache: Path | None
-    seconds: float
 
 
 @contextmanager
@@ -265,7 +211,7 @@ def _mine(request: _Request) -> MiningResult:
         positive_score=float(search.positive_scores_P.mean()),
         negative_score=float(np.nanmean(chosen.scores_QN)) if counts_Q.any() else math.nan,
         computed=search.computed,
-        examples=_examples(pool, chosen, search.positive_scores_P, request.examples),
+        examples=find_examples(pool, chosen, search.positive_scores_P, request.examples),
         cache=request.kept_cache,
         seconds=time.perf_counter() - started,
     )
@@ -555,26 +501,3 @@ def _raw_rows(request: _Request) -> Iterator[_Raw]:
             break
         yield _Raw(row.values, f"{source.files[row.file]}:{row.line}")
     raise DataError(f"{request.data}: the file has changed since it was read. Mine again")
-
-
-def _examples(
-    pool: Pool, chosen: Chosen, positive_scores_P: NDArray[np.float64], count: int
-) -> list[Example]:
-    """Queries at equal distances, with all that belongs to them."""
-    if count < 1:
-        return []
-    found = []
-    for query in np.unique(np.linspace(0, len(pool.queries) - 1, count).astype(np.int64)).tolist():
-        low, high = np.searchsorted(pool.positives.queries, [query, query + 1])
-        numbers = chosen.documents_QN[query]
-        mined = numbers >= 0
-        positives = pool.documents.read(pool.positives.documents[low:high].tolist())
-        negatives = pool.documents.read(numbers[mined].tolist())
-        found.append(
-            Example(
-                pool.queries.read([query])[0],
-                list(map(Scored, positives, positive_scores_P[low:high].tolist())),
-                list(map(Scored, negatives, chosen.scores_QN[query][mined].tolist())),
-            )
-        )
-    return found

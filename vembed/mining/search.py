@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,7 +177,20 @@ def search(
         numbers = np.arange(block.start, block.stop)
         vectors_qD = torch.from_numpy(queries[numbers])
         work = _Block(vectors_qD, tiles, known.of_block(block), bounds.select(numbers), window)
-        yield work.solve(block)
+        with _full_precision():
+            found = work.solve(block)
+        yield found
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Products in float32 itself, whatever a program has set: TF32 or bf16 err by far more."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class _Tiles:

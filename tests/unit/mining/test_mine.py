@@ -13,10 +13,8 @@ from tests.tiny import PAIRS, tiny_bert, tiny_clip, tiny_cross_encoder, write_ro
 from vembed.data import load_dataset_records
 from vembed.errors import ConfigError, DataError
 from vembed.inference import Predictor
-from vembed.mining import MiningRules, mine_hard_negatives, vectors
-from vembed.mining.mine import Corpus
+from vembed.mining import Corpus, MiningRules, ModelChoice, mine_hard_negatives, vectors
 from vembed.mining.search import Excluded
-from vembed.mining.vectors import ModelChoice
 from vembed.models.cross_encoder import CrossEncoder
 
 ROWS = [

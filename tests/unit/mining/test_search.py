@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from vembed.mining import search as module
 from vembed.mining.search import Bounds, Excluded, Pairs, Window, search
@@ -117,6 +118,28 @@ def test_a_bound_that_float32_hardly_tells_from_a_cosine(first, distance):
     expected_numbers, _, expected_excluded = reference(queries, documents, **settings)
     np.testing.assert_array_equal(numbers, expected_numbers)
     assert excluded == expected_excluded
+
+
+def test_products_are_in_float32_whatever_a_program_has_set(monkeypatch):
+    """`medium` allows bf16, whose errors are thousands of times what the proof allows."""
+    seen = []
+    solve = module._Block.solve
+
+    def watched(self, block):
+        seen.append(torch.get_float32_matmul_precision())
+        return solve(self, block)
+
+    monkeypatch.setattr(module._Block, "solve", watched)
+    queries, documents, known = random_case(4)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        run(queries, documents, candidates=150, known=known, bounds=BOUNDS["none"](queries),
+            window=Window(0, None, 3))  # fmt: skip
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
 
 
 def ranked_exactly(monkeypatch) -> list[int]:
