@@ -19,6 +19,7 @@ SPEED = (
     "losses",
     "encoding",
     "evaluation",
+    "mining",
     "collation",
     "checkpoints",
     "two_processes",

@@ -33,10 +33,11 @@ SHORT = [words for words in commands("vembed") if "runs/short" in " ".join(words
 SAFE = [
     w for w in commands("vembed") if "runs/safe" in " ".join(w) or w[1:3] == ["verify", "resume"]
 ]
+MINED = [words for words in commands("vembed") if "mined.jsonl" in words]
 OWN_DATA = [
     words
     for words in commands("vembed")
-    if "pairs.jsonl" in words and words not in LATE + SHORT + SAFE
+    if "pairs.jsonl" in words and words not in LATE + SHORT + SAFE + MINED
 ]
 
 
@@ -153,6 +154,20 @@ def test_short_vectors(folder, tiny_st_path, capsys):
     # Rounding of a vector may put a number into the step beside.
     assert np.abs(codes.astype(int) - theirs).max() <= 1
     assert (codes == theirs).mean() > 0.99
+
+
+def test_hard_negatives(folder, tiny_st_path, capsys):
+    assert [words[1] for words in MINED] == ["mine", "train"]
+    rows = (folder / "pairs.jsonl").read_text().splitlines()
+    assert run(MINED[0], tiny_st_path) == 0
+    assert capsys.readouterr().out.count("\n  + ") == 3
+    mined = [json.loads(line) for line in (folder / "mined.jsonl").open()]
+    before = [json.loads(row).get("negatives", []) for row in rows]
+    after = [row.get("negatives", []) for row in mined]
+    assert [new[: len(old)] for old, new in zip(before, after, strict=True)] == before
+    assert max(map(len, after)) >= 5
+    assert run(MINED[1], tiny_st_path) == 0
+    assert (folder / "runs/mined/final").is_dir()
 
 
 def test_a_run_that_cannot_be_lost(folder, tiny_st_path, capsys):

@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("vembed.cli.train", "fine-tune a model: settings from a YAML file and flags"),
     "evaluate": ("vembed.cli.evaluate", "measure a model on a test set"),
     "encode": ("vembed.cli.encode", "turn the rows of a file into vectors (.npy)"),
+    "mine": ("vembed.cli.mine", "find hard negatives for the rows of a file"),
     "teach": ("vembed.cli.teach", "store what a teacher says about the training rows"),
     "checkpoints": ("vembed.cli.checkpoints", "list, check and prune the checkpoints of a run"),
     "check": ("vembed.cli.check", "check settings and all data without training"),

@@ -5,20 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vembed.cli.image_options import add_image_options, image_rules
+from vembed.cli.row_options import add_row_options, read_column_mapping, resolve_retrieval_mode
 from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError
 from vembed.modes import RetrievalMode
-from vembed.training.yaml_settings import read_yaml_value
 
 if TYPE_CHECKING:
     from vembed.evaluation import EvalResult, EvalTask, Reduction
@@ -32,12 +30,12 @@ def main(argv: list[str]) -> int:
         DataError: if the test set cannot be used.
     """
     arguments = _parser().parse_args(argv)
-    mapping = _column_mapping(arguments.column_mapping)
+    mapping = read_column_mapping(arguments.column_mapping)
     rules = image_rules(arguments)
     # After the arguments are checked, because it imports torch.
     from vembed.evaluation import ReducedTask, compare, load_eval_task
 
-    mode = _retrieval_mode(arguments)
+    mode = resolve_retrieval_mode(arguments.retrieval_mode, arguments.model)
     task: EvalTask = load_eval_task(
         arguments.data,
         column_mapping=mapping,
@@ -75,12 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", required=True, help="BEIR folder, or a file of rows as for training")
     add("--before", metavar="MODEL", help="also measure this model, and show what changed")
     add("--split", default="test", help="qrels of a BEIR folder, or split of a hub data set")
-    add("--retrieval_mode", help="query and document: t text, i image, m both, as in t2i "
-        "(default: as the model was trained, where its folder says so; else t2t)")  # fmt: skip
+    add_row_options(parser)
     add_image_options(parser)
-    add("--column_mapping", nargs="+", metavar="FIELD=COLUMN", default=[],
-        help="our field name and your column name, as in query=question, or "
-        "'{query: question}'")  # fmt: skip
     add("--encoder_mode", default="auto", help="what loads the model: auto (from its files), a "
         "name as in configs/train.yaml, or package.module:Name for your own")  # fmt: skip
     add("--truncate_dim", nargs="+", type=int, metavar="N", default=[],
@@ -92,40 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", help="such as cpu or cuda:1; an accelerator is taken when there is one")
     add("--json", action="store_true", help="print one JSON object of all metrics, nothing else")
     return parser
-
-
-def _column_mapping(pairs: Sequence[str]) -> dict[str, str] | None:
-    if len(pairs) == 1 and pairs[0].startswith("{"):
-        return _yaml_mapping(pairs[0])
-    broken = [pair for pair in pairs if not all(pair.partition("="))]
-    if broken:
-        raise ConfigError(f"--column_mapping: expected FIELD=COLUMN. Received: {broken[0]!r}")
-    return dict(pair.split("=", 1) for pair in pairs) or None
-
-
-def _yaml_mapping(text: str) -> dict[str, str] | None:
-    """`{query: question}`, as `vembed train` takes it."""
-    try:
-        mapping = read_yaml_value(text, as_yaml=False)
-    except yaml.YAMLError:
-        mapping = None
-    if not isinstance(mapping, dict) or not all(isinstance(v, str) for v in mapping.values()):
-        raise ConfigError(
-            "--column_mapping: expected FIELD=COLUMN, or {FIELD: COLUMN, ...}. "
-            f"Received: {text!r}"
-        )
-    return mapping or None
-
-
-def _retrieval_mode(arguments: argparse.Namespace) -> RetrievalMode:
-    """What the flag says, else what the model was trained for."""
-    from vembed.models import resolve_model_path
-    from vembed.training.checkpoint import read_run_settings
-
-    chosen = arguments.retrieval_mode
-    if chosen is None:
-        chosen = read_run_settings(resolve_model_path(arguments.model)).get("retrieval_mode")
-    return RetrievalMode.parse(chosen or "t2t")
 
 
 def _warn_of_file_names(task: EvalTask, mode: RetrievalMode, arguments: argparse.Namespace) -> None:

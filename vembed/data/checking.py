@@ -39,6 +39,7 @@ class RowRules:
         image_check: How images are looked at now; None leaves it to when they are needed.
         tolerant: Whether a row that cannot be used is passed on as its problem, rather than ending
             the reading.
+        items_only: Whether rows are documents, whose field is `query`, and have no other.
     """
 
     mode: RetrievalMode
@@ -47,6 +48,7 @@ class RowRules:
     limits: ImageLimits = ImageLimits()
     image_check: ImageCheck | None = None
     tolerant: bool = False
+    items_only: bool = False
 
     def parser(self, source: Source) -> RowParser:
         """A parser of the source's rows."""
@@ -55,6 +57,7 @@ class RowRules:
             mode=self.mode,
             cells=CellReader(self.folder, self.limits),
             text_cells=source.text_cells,
+            items_only=self.items_only,
         )
 
 

@@ -228,6 +228,19 @@ def read_beir(folder: str, split: str) -> Iterator[RawRow]:
     _check_known(folder, split, "query", set(relevant), seen)
 
 
+def read_beir_corpus(path: str) -> Iterator[RawRow]:
+    """The documents of a BEIR folder: `text` is a title, a space and a text.
+
+    Raises:
+        DataError: if a line is broken, or has no id.
+    """
+    for row in read_jsonl(path):
+        where = f"{path}:{row.line}"
+        _, values = beir_entry(where, row.values)
+        image = {"image": values["image"]} if "image" in values else {}
+        yield row._replace(values={"text": beir_text(where, values), **image})
+
+
 def beir_entry(where: str, values: Mapping[str, Any] | RowProblem) -> tuple[str, Mapping[str, Any]]:
     """The id of a line of a BEIR folder, and the line.
 

@@ -144,6 +144,7 @@ class RowParser:
         mode: RetrievalMode = RetrievalMode(TEXT, TEXT),  # noqa: B008 - frozen
         cells: CellReader | None = None,
         text_cells: bool = False,
+        items_only: bool = False,
     ) -> None:
         """Assign and check.
 
@@ -153,6 +154,7 @@ class RowParser:
             cells: Reads images; None reads those of bytes only.
             text_cells: Whether the file knows only text (CSV, TSV): numbers and objects are then
                 read from text, and an empty cell is a missing value.
+            items_only: Whether rows are documents, whose field is `query`; no other is read.
 
         Raises:
             ConfigError: if the mapping cannot be meant.
@@ -161,6 +163,7 @@ class RowParser:
         self._cells = cells or CellReader()
         self._mapping = normalise_mapping(column_mapping, mode)
         self._text_cells = text_cells
+        self._items_only = items_only
         self._unseen = {column for columns in self._mapping.values() for column in columns}
         self._columns: tuple[str, ...] | None = None
         self._layout: dict[str, list[str]] = {}
@@ -190,6 +193,8 @@ class RowParser:
         queries = self._items(row, "query")
         if not queries:
             raise self._missing(row, "query")
+        if self._items_only:
+            return ParsedRow(queries[0])
         positives = self._items(row, "positive")
         negatives = self._items(row, "negative")
         label = self._label(row)

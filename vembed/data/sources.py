@@ -14,7 +14,15 @@ from typing import Any, Protocol
 
 from vembed.data.file_names import is_image_name
 from vembed.data.problems import list_names
-from vembed.data.reading import RawRow, arrow_rows, read_beir, read_csv, read_jsonl, read_parquet
+from vembed.data.reading import (
+    RawRow,
+    arrow_rows,
+    read_beir,
+    read_beir_corpus,
+    read_csv,
+    read_jsonl,
+    read_parquet,
+)
 from vembed.data.shards import read_shards
 from vembed.errors import ConfigError, DataError, shorten
 from vembed.registry import did_you_mean
@@ -120,6 +128,36 @@ class BeirSource:
     def read(self) -> Iterator[RawRow]:
         """One row for each query of the split."""
         return read_beir(str(Path(self.path).parent), self.split)
+
+
+@dataclass(frozen=True)
+class BeirCorpusSource:
+    """All documents of a BEIR folder: `text`, a title and a text, and `image` if there is one."""
+
+    path: str
+    stamp: Stamp
+    text_cells: bool = False
+    has_header: bool = False
+
+    @classmethod
+    def of(cls, folder: str) -> BeirCorpusSource:
+        """Those of a folder."""
+        path = Path(folder).expanduser() / "corpus.jsonl"
+        return cls(str(path), _stamp([path]))
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The file itself."""
+        return (self.path,)
+
+    @property
+    def image_root(self) -> str:
+        """The BEIR folder."""
+        return os.path.dirname(self.path)
+
+    def read(self) -> Iterator[RawRow]:
+        """One row for each document."""
+        return read_beir_corpus(self.path)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class Predictor:
             ConfigError: if the name cannot be resolved, or an option or the device does not fit.
             CheckpointError: if the folder is not a model.
         """
-        self.device = _resolve_device(device)
+        self.device = resolve_device(device)
         self.encoder: Encoder = load_encoder(str(model_path), **load_options)
         self.encoder.to(self.device)
         check_truncate_dim(self.encoder, truncate_dim)
@@ -259,7 +259,12 @@ def _size_of(side: Vectors) -> str:
     return f"size {side.shape[1]}"
 
 
-def _resolve_device(device: str | torch.device | None) -> torch.device:
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name; None takes an accelerator when there is one.
+
+    Raises:
+        ConfigError: if it cannot be used here.
+    """
     if device is None:
         found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
         return torch.device(next((name for name, there in found.items() if there), "cpu"))

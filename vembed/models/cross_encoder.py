@@ -1,4 +1,4 @@
-"""Cross-encoders: a query and a document in one sequence, to one score. Teachers only.
+"""Cross-encoders: a query and a document in one sequence, to one score. They teach and judge.
 
 # Shapes: n pairs, T tokens
 """
@@ -67,8 +67,8 @@ class CrossEncoder:
         labels = self.model.config.num_labels
         if labels != 1:
             raise ConfigError(
-                f"teacher_model_name: a cross-encoder gives one score. Received: {folder}, which "
-                f"has {labels} labels"
+                f"{folder}: a cross-encoder gives one score for a pair. Received: a model with "
+                f"{labels} labels"
             )
         self.model.to(device).eval()
         self._device = torch.device(device)

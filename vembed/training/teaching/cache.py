@@ -16,6 +16,7 @@ from torch import Tensor
 from vembed.config import TrainConfig
 from vembed.data import Record, RecordDataset
 from vembed.errors import ConfigError, DataError
+from vembed.inference.vector_store import VectorStore, as_keys, written_whole
 from vembed.training.data_utils import TEACHER_VECTORS
 from vembed.training.teaching.identity import (
     Taught,
@@ -26,7 +27,6 @@ from vembed.training.teaching.identity import (
     taught_pairs,
     taught_roles,
 )
-from vembed.training.teaching.store import VectorStore, as_keys, written_whole
 
 _WINDOW_ROWS = 1024
 _REMEDY = "Run `vembed teach` with the settings of this run: it computes what is missing"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from typing import Literal
 from vembed.config import TrainConfig
 from vembed.data import Record
 from vembed.errors import ConfigError
-from vembed.images import ImageBytes, ImageInMemory, ImageSource
+from vembed.inference.vector_store import item_key, pair_key
 from vembed.models.fingerprint import fingerprint
 from vembed.models.paths import local_model_path
 from vembed.models.protocol import Role
@@ -157,10 +156,7 @@ class TaughtItem:
     @cached_property
     def key(self) -> int:
         """A 63-bit hash of everything that decides the vector, but for the teacher."""
-        item = self.item
-        image = None if item.image is None else _content(item.image)
-        known = repr((self.side, self.prompt, item.text, image)).encode("utf-8", "surrogatepass")
-        return int.from_bytes(hashlib.blake2b(known, digest_size=8).digest(), "big") >> 1
+        return item_key(self.item, self.side, self.prompt)
 
 
 @dataclass(frozen=True)
@@ -180,8 +176,7 @@ class TaughtPair:
     @cached_property
     def key(self) -> int:
         """A 63-bit hash of both texts."""
-        known = repr((self.query, self.document)).encode("utf-8", "surrogatepass")
-        return int.from_bytes(hashlib.blake2b(known, digest_size=8).digest(), "big") >> 1
+        return pair_key(self.query, self.document)
 
 
 Taught = TaughtItem | TaughtPair
@@ -201,10 +196,3 @@ def taught_items(record: Record, roles: tuple[str, ...]) -> Iterator[TaughtItem]
     for role, items in (("positive", record.positives), ("negative", record.negatives)):
         if role in roles:
             yield from (TaughtItem(role, item, record.document_prompt) for item in items)
-
-
-def _content(image: ImageSource) -> str:
-    """A hash of an image's bytes: a file that was replaced is another image."""
-    if isinstance(image, ImageBytes | ImageInMemory):
-        return image.identity
-    return hashlib.blake2b(image.read(), digest_size=16).hexdigest()

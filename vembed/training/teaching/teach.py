@@ -16,6 +16,7 @@ from vembed.config import TEACH_REQUIRES, TrainConfig, check
 from vembed.data import Record, RecordDataset
 from vembed.errors import ConfigError
 from vembed.inference import encode_items
+from vembed.inference.vector_store import Vectors, as_keys
 from vembed.models import resolve_model_path
 from vembed.models.cross_encoder import CrossEncoder, is_cross_encoder
 from vembed.models.fingerprint import fingerprint
@@ -33,7 +34,6 @@ from vembed.training.teaching.identity import (
     read_facts,
     teacher_dtype,
 )
-from vembed.training.teaching.store import Vectors, as_keys
 
 OnProgress = Callable[[float], None]
 """Told the share of the rows that is done."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vembed.errors import ConfigError
-from vembed.training.teaching.store import VectorStore, as_keys, name_of
+from vembed.inference.vector_store import VectorStore, as_keys, name_of
 
 
 def vectors(keys, size=3):

@@ -21,6 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vembed.errors import ConfigError
+from vembed.images import ImageBytes, ImageInMemory, ImageSource
+from vembed.models.protocol import Role
+from vembed.modes import Item
 
 Keys = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
@@ -137,8 +140,8 @@ class VectorStore:
     def _broken(self, path: Path, detail: str) -> ConfigError:
         name = path.name.removesuffix(_KEYS)
         return ConfigError(
-            f"teacher_cache: {path} is damaged ({detail}). Remove {self.folder / name}.*, and run "
-            "`vembed teach` again: it computes what is missing"
+            f"{path} is damaged ({detail}). Remove {self.folder / name}.*, and run the command "
+            "that wrote it (`vembed teach`, `vembed mine`) again: it computes what is missing"
         )
 
     def _vectors(self, part: int) -> Any:
@@ -148,6 +151,31 @@ class VectorStore:
 
     def _map(self, name: str) -> Any:
         return np.load(self.folder / f"{name}{_VECTORS}", mmap_mode="r", allow_pickle=False)
+
+
+def item_key(item: Item, role: Role, prompt: str | None) -> int:
+    """A 63-bit hash of everything that decides an item's vector, but for the model.
+
+    Of an image it is the bytes that count: a file that was replaced is another image.
+    """
+    image = None if item.image is None else _content(item.image)
+    return _hash((role, prompt, item.text, image))
+
+
+def pair_key(query: str, document: str) -> int:
+    """A 63-bit hash of both texts."""
+    return _hash((query, document))
+
+
+def _hash(known: tuple[str | None, ...]) -> int:
+    text = repr(known).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def _content(image: ImageSource) -> str:
+    if isinstance(image, ImageBytes | ImageInMemory):
+        return image.identity
+    return hashlib.blake2b(image.read(), digest_size=16).hexdigest()
 
 
 def name_of(keys: Keys) -> str:
@@ -164,8 +192,11 @@ def as_keys(keys: Sequence[int]) -> Keys:
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file to write into, which is at `path` only when all of it is on the disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    with part.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
