@@ -12,6 +12,7 @@ from torch import Tensor
 from vembed.placing import index_tensor
 
 DEFAULT_CHUNK_TOKENS = 4096
+_CHUNK_TOKENS = {"cpu": 2048}
 
 IMAGE_INPUTS = frozenset(
     {
@@ -37,6 +38,16 @@ def chunk_overhead(device_type: str) -> int:
     accelerator, which is idle between small kernels.
     """
     return _OVERHEAD_TOKENS.get(device_type, _ACCELERATOR_OVERHEAD_TOKENS)
+
+
+def chunk_tokens_on(device_type: str, given: int | None = None) -> int:
+    """Most padded tokens of a forward pass on a device, unless they are given.
+
+    On a CPU, passes of 2,048 tokens took 0.96 to 0.99 of the time that passes of 4,096 did (texts
+    of 32 and 64 tokens, all-MiniLM-L6-v2), because more of what a layer works on stays in its
+    caches, and as long with texts of 128.
+    """
+    return given or _CHUNK_TOKENS.get(device_type, DEFAULT_CHUNK_TOKENS)
 
 
 def plan_chunks(

@@ -589,10 +589,11 @@ class TrainConfig(BaseModel):
     )
 
     # --- memory and processes
-    chunk_tokens: Int = Field(
-        4096,
+    chunk_tokens: Int | None = Field(
+        None,
         gt=0,
-        description="Padded tokens per forward; how a batch is cut changes no gradient",
+        description="Padded tokens per forward; null: 2048 on a CPU, else 4096; how a batch is cut "
+        "changes no gradient",
     )
     gradient_checkpointing: bool = Field(
         False, description="Recompute layers in backward: less memory, more time"

@@ -7,7 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vembed.chunking import count_rows, count_tokens, plan_chunks, take_rows
+from vembed.chunking import (
+    chunk_tokens_on,
+    count_rows,
+    count_tokens,
+    plan_chunks,
+    take_rows,
+)
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=60)
 
@@ -20,6 +26,14 @@ def test_every_row_is_in_one_chunk_and_every_chunk_within_its_budget(lengths, it
         assert items is None or len(chunk) <= items
         padded = len(chunk) * max(lengths[row] for row in chunk)
         assert tokens is None or padded <= tokens or len(chunk) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "tokens"),
+    [("cpu", None, 2048), ("cuda", None, 4096), ("cpu", 64, 64), ("cuda", 10_000, 10_000)],
+)
+def test_a_cpu_takes_smaller_chunks_unless_told(device, given, tokens):
+    assert chunk_tokens_on(device, given) == tokens
 
 
 @given(LENGTHS)

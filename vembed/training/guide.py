@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vembed.chunking import chunk_tokens_on
 from vembed.config import TrainConfig
 from vembed.data import Collator, Record
 from vembed.errors import ConfigError
@@ -75,8 +76,12 @@ class Guide:
         return {f"{GUIDE_PREFIX}{role}": rows for role, rows in of_rows.items()}
 
 
-def build_guide(config: TrainConfig) -> Guide | None:
+def build_guide(config: TrainConfig, device: torch.device) -> Guide | None:
     """Load the guide that the settings name; None where they name none.
+
+    Args:
+        config: The settings.
+        device: Where it will run.
 
     Raises:
         ConfigError: if it cannot be what the settings ask for.
@@ -94,4 +99,5 @@ def build_guide(config: TrainConfig) -> Guide | None:
             f"guide_model_name: {config.guide_model_name!r} gives a vector for each token, but a "
             "guide compares one for each item. Name a model that pools"
         )
-    return Guide(encoder, retrieval_mode=config.retrieval_mode, chunk_tokens=config.chunk_tokens)
+    tokens = chunk_tokens_on(device.type, config.chunk_tokens)
+    return Guide(encoder, retrieval_mode=config.retrieval_mode, chunk_tokens=tokens)

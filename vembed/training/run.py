@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch.utils.data import DataLoader
 
+from vembed.chunking import chunk_tokens_on
 from vembed.config import TrainConfig, check
 from vembed.data import Collator, RecordDataset
 from vembed.data.quarantine import FILE_NAME as QUARANTINE_FILE
@@ -263,7 +264,7 @@ def build_trainer(
     cache_images(encoder, config)
     criterion = build_matryoshka(config, encoder, build_loss(config, encoder, data))
     data = _with_training_labels(data, criterion)
-    guide = build_guide(config)
+    guide = build_guide(config, accelerator.device)
     teaching = build_teaching(config, encoder, criterion)
     check_distillation_fields(teaching, data.train.fields)
     if config.adapter_path is not None:
@@ -454,7 +455,7 @@ def _build_evaluator(
         retrieval_mode=config.retrieval_mode,
         log_with=config.report_to or None,
         task=task and at_dimensions(task, encoder, config),
-        chunk_tokens=config.chunk_tokens,
+        chunk_tokens=chunk_tokens_on(accelerator.device.type, config.chunk_tokens),
         guide=guide,
     )
 
@@ -507,7 +508,8 @@ def _measure(
         return None
     task = at_dimensions(task, encoder, config)
     logger.info("measuring %s", task.name)
-    return task.evaluate(sharded_encode(encoder, accelerator, config.chunk_tokens))
+    tokens = chunk_tokens_on(accelerator.device.type, config.chunk_tokens)
+    return task.evaluate(sharded_encode(encoder, accelerator, tokens))
 
 
 def train(trainer: Trainer, start: Path | None) -> float:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from vembed.chunking import chunk_tokens_on
 from vembed.config import TrainConfig
 from vembed.data import RecordLoader
 from vembed.distributed import reduce_gradients
@@ -146,7 +147,8 @@ class Trainer:
         self.state = TrainState()
         alpha = self.config.distillation_alpha if distillation_loss_fn is not None else 1.0
         self.objective = Objective(criterion, distillation_loss_fn, alpha)
-        self.plain_step = GradientCache(chunk_tokens=self.config.chunk_tokens, keep="all")
+        tokens = chunk_tokens_on(accelerator.device.type, self.config.chunk_tokens)
+        self.plain_step = GradientCache(chunk_tokens=tokens, keep="all")
         self.gradient_cache = build_gradient_cache(self.config)
         self._clamp = getattr(criterion, "clamp", None)
         self._unfreezing = Unfreezing(model, criterion, self.config.unfreeze_at_step)

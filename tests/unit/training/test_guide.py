@@ -86,7 +86,7 @@ def test_a_guide_that_keeps_tokens_is_refused(tmp_path):
     tokens = load_encoder(str(tiny_bert(tmp_path / "bert")), pooling_method="none")
     tokens.save_pretrained(tmp_path / "tokens")
     with pytest.raises(ConfigError, match=r"guide_model_name: .* gives a vector for each token"):
-        build_guide(TrainConfig(guide_model_name=str(tmp_path / "tokens")))
+        build_guide(TrainConfig(guide_model_name=str(tmp_path / "tokens")), torch.device("cpu"))
 
 
 def history(folder, **settings):

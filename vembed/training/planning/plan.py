@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from vembed.chunking import take_rows
+from vembed.chunking import chunk_tokens_on, take_rows
 from vembed.config import TrainConfig
 from vembed.data import Collator, Record, RecordDataset
 from vembed.losses.tiling import CPU_TILE_BYTES, TILE_BYTES
@@ -192,7 +192,7 @@ def plan_run(
     parameters = _parameter_bytes(config, encoder, teacher, processes)
     # By now this process has done what it takes to load the libraries that a step needs.
     framework = CONTEXT_BYTES if on_accelerator else psutil.Process().memory_info().rss
-    step = _Step(config, encoder, tracer)
+    step = _Step(config, encoder, tracer, "accelerator" if on_accelerator else "cpu")
     costs = [step.cost(batch) for batch in batches]
     tile = TILE_BYTES if on_accelerator else CPU_TILE_BYTES
     largest = max(costs, key=lambda cost: cost.activations)
@@ -322,14 +322,17 @@ class _StepCost:
 class _Step:
     """What a micro-batch takes, from what its chunks take; chunks of one shape are run once."""
 
-    def __init__(self, config: TrainConfig, encoder: Encoder, tracer: Tracer) -> None:
+    def __init__(
+        self, config: TrainConfig, encoder: Encoder, tracer: Tracer, device_type: str
+    ) -> None:
         self.config = config
         self.encoder = encoder
         self.tracer = tracer
         self.gradients = sum(
             p.numel() * p.element_size() for p in encoder.parameters() if p.requires_grad
         )
-        self.cache = GradientCache(chunk_tokens=config.chunk_tokens, keep="all")
+        tokens = chunk_tokens_on(device_type, config.chunk_tokens)
+        self.cache = GradientCache(chunk_tokens=tokens, keep="all")
         if config.use_gradient_cache:
             self.cache = build_gradient_cache(config)
         self._known: dict[Any, ChunkCost] = {}

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from vembed.chunking import chunk_tokens_on
 from vembed.config import TEACH_REQUIRES, TrainConfig, check
 from vembed.data import Record, RecordDataset
 from vembed.errors import ConfigError
@@ -115,9 +116,10 @@ class _Teacher:
 
     def embed(self, taught: list[Taught]) -> Vectors:
         """`[n, D]`; `[n, 1]` of pairs."""
+        tokens = chunk_tokens_on(_device(self.config).type, self.config.chunk_tokens)
         pairs = [(pair.query, pair.document) for pair in taught if isinstance(pair, TaughtPair)]
         if pairs:
-            return self._judge().score(pairs, chunk_tokens=self.config.chunk_tokens)[:, None]
+            return self._judge().score(pairs, chunk_tokens=tokens)[:, None]
         items = [item for item in taught if isinstance(item, TaughtItem)]
         encoder = self._loaded()
         vectors = np.empty((len(items), encoder.embedding_dim), dtype=np.float32)
@@ -129,7 +131,7 @@ class _Teacher:
                 [items[row].item for row in rows],
                 role=side,
                 prompt=prompt,
-                chunk_tokens=self.config.chunk_tokens,
+                chunk_tokens=tokens,
             )
             # A teacher that keeps tokens was refused when it was loaded.
             vectors[rows] = cast(Vectors, embedded)
