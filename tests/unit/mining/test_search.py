@@ -177,6 +177,12 @@ def test_only_queries_whose_list_was_used_up_get_a_deeper_one(monkeypatch):
         run(queries, documents, bounds=bounds, known=known.below(0), candidates=150,
             window=Window(1, last, 3))  # fmt: skip
         assert lists == [(41, 20)]
+    # What most queries know is reckoned with.
+    lists.clear()
+    all_know = Pairs(np.repeat(np.arange(41), 40), np.tile(np.arange(40), 41))
+    free = Bounds(np.full(len(queries), math.inf))
+    run(queries, documents, bounds=free, known=all_know, candidates=150, window=Window(1, None, 3))
+    assert lists == [(41, 60)]
 
 
 def test_a_vector_of_zeros_is_near_nothing():
