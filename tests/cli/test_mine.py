@@ -128,6 +128,22 @@ def test_mistakes(arguments, capsys, options, message):
     assert not Path("mined.jsonl").exists()
 
 
+def test_without_faiss_it_says_what_to_install_at_once(arguments, tmp_path):
+    code = (
+        "import sys\nsys.modules['faiss'] = None\nfrom vembed.cli import main\n"
+        "status = main(sys.argv[1:])\nprint('torch' in sys.modules)\nsys.exit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr == (
+        "vembed: mining: searches with faiss, which is not installed. Install it with: "
+        "pip install 'vembed[mining]'\n"
+    )
+
+
 def test_an_output_that_is_there_stays(arguments, capsys):
     Path("mined.jsonl").write_text("precious")
     assert main(arguments) == 2

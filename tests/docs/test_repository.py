@@ -81,7 +81,8 @@ def test_every_import_of_the_package_is_declared():
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
     third_party = imported - set(sys.stdlib_module_names) - {"vembed"}
-    optional = requirement_names(PROJECT["optional-dependencies"]["trackers"])
+    extras = PROJECT["optional-dependencies"]
+    optional = requirement_names([*extras["mining"], *extras["trackers"]])
 
     undeclared = {
         name

@@ -13,7 +13,7 @@ from vembed.cli.parsing import Parser
 from vembed.cli.row_options import add_row_options, read_column_mapping, resolve_retrieval_mode
 from vembed.cli.terminal import progress_bar
 from vembed.errors import ConfigError, shorten
-from vembed.mining.rules import MiningRules, check_output
+from vembed.mining.rules import MiningRules, check_faiss, check_output
 
 if TYPE_CHECKING:
     from vembed.mining import MiningResult
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"--show: must be at least 0. Received: {arguments.show}")
     if arguments.batch_size is not None and arguments.batch_size < 1:
         raise ConfigError(f"--batch_size: must be at least 1. Received: {arguments.batch_size}")
+    check_faiss()
     images = image_rules(arguments)
     mode = resolve_retrieval_mode(arguments.retrieval_mode, arguments.model)
     # After the arguments are checked, because it imports torch.
@@ -182,9 +183,9 @@ def _summary(result: MiningResult, rules: MiningRules) -> str:
 _RULE_NAMES = {
     "known": "what is known",
     "rank": "rank",
+    "min_score": "min_score (of queries with too few)",
     "margin": "margin",
     "max_score": "max_score",
-    "min_score": "min_score",
 }
 
 

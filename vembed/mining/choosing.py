@@ -11,7 +11,7 @@ query `q` with the positive `p` is a negative if `s(q, n) <= s(q, p) - a` (TopK-
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,9 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from vembed.losses.margins import Margins
+from vembed.mining.pairs import Pairs
 from vembed.mining.rescoring import Judge, as_probability
-from vembed.mining.rules import MiningRules
-from vembed.mining.search import Bounds, Excluded, Nearest, Pairs, Window, search
+from vembed.mining.rules import Excluded, MiningRules
+from vembed.mining.search import Bounds, Nearest, Window, search
 from vembed.mining.vectors import VectorRows
 
 Ints = NDArray[np.int64]
@@ -59,7 +60,6 @@ def choose(
     query_ids_Q: Ints,
     rules: MiningRules,
     judge: Judge | None = None,
-    device: torch.device | str = "cpu",
     advance: Callable[[int], None] = lambda count: None,
 ) -> Chosen:
     """The negatives of every query.
@@ -74,7 +74,6 @@ def choose(
         query_ids_Q: Content of each query: with the seed, all that random choices depend on.
         rules: Which candidates are allowed.
         judge: Scores all candidates within the ranks; rules and order are then by its scores.
-        device: Where similarities are computed.
         advance: Called after each block with the number of further queries that are done.
     """
     limit_Q = margin_limits(rules, positives, positive_scores_P)
@@ -95,7 +94,6 @@ def choose(
         known=known,
         bounds=bounds,
         window=Window(rules.range_min, last, take),
-        device=device,
     ):
         nearest = ranked if judge is None else _rescored(ranked, judge, limit_Q, rules)
         rows = slice(nearest.block.start, nearest.block.stop)
@@ -137,9 +135,9 @@ def _rescored(nearest: Nearest, judge: Judge, limit_Q: Floats, rules: MiningRule
     scores_qK[rows, columns] = as_probability(judge(pairs))
     most, least = _score_range(rules)
     limit_q1 = limit_Q[nearest.block.start : nearest.block.stop, None]
-    is_near = scores_qK > limit_q1
+    is_low = scores_qK < least
+    is_near = ~is_low & (scores_qK > limit_q1)
     is_high = ~is_near & (scores_qK > most)
-    is_low = ~is_near & ~is_high & (scores_qK < least)
     is_out = is_near | is_high | is_low | np.isnan(scores_qK)
     order = np.argsort(np.where(is_out, np.inf, -scores_qK), axis=1, kind="stable")
     documents_qK = np.where(is_out, -1, nearest.documents_qK)
@@ -149,7 +147,7 @@ def _rescored(nearest: Nearest, judge: Judge, limit_Q: Floats, rules: MiningRule
         cosines_qK=np.take_along_axis(scores_qK, order, axis=1),
         excluded=nearest.excluded
         + Excluded(
-            margin=int(is_near.sum()), max_score=int(is_high.sum()), min_score=int(is_low.sum())
+            min_score=int(is_low.sum()), margin=int(is_near.sum()), max_score=int(is_high.sum())
         ),
     )
 
@@ -168,9 +166,3 @@ def _places(documents_qK: Ints, query_ids_q: Ints, rules: MiningRules) -> Ints:
             )
             places_qN[row] = np.sort(drawn)
     return places_qN
-
-
-def blocks(count: int, size: int) -> Iterator[range]:
-    """Consecutive numbers, `size` at a time."""
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))

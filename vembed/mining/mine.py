@@ -27,13 +27,13 @@ from vembed.images import ImageFile
 from vembed.inference.predictor import resolve_device
 from vembed.inference.vector_store import written_whole
 from vembed.losses.margins import Margins
-from vembed.mining.choosing import Chosen, blocks, choose
+from vembed.mining.choosing import Chosen, choose
+from vembed.mining.pairs import Pairs
 from vembed.mining.rescoring import Cosines, Judge, PairScores, as_probability
 from vembed.mining.results import MiningResult, find_examples
 from vembed.mining.rows import Pool, load_corpus, load_rows, number_items
-from vembed.mining.rules import MiningRules, ShortRows, check_output, check_short_rows
-from vembed.mining.search import Pairs
-from vembed.mining.vectors import Embedder, ModelChoice, VectorRows, open_vectors
+from vembed.mining.rules import MiningRules, ShortRows, check_faiss, check_output, check_short_rows
+from vembed.mining.vectors import Embedder, ModelChoice, VectorRows, blocks, open_vectors
 from vembed.mining.writing import RowWriter
 from vembed.models.protocol import Role
 from vembed.modes import RetrievalMode
@@ -92,10 +92,9 @@ def mine_hard_negatives(
 ) -> MiningResult:
     """Write the rows of `data` with hard negatives: near the query, but no answer to it.
 
-    Every distinct query is compared with every distinct candidate, exactly, a tile at a time; see
-    `MiningRules` for what makes a candidate a negative, and `vembed.mining.choosing` for the
-    margins of NV-Retriever (Moreira et al., 2024, arXiv 2407.15831), whose best are those of
-    `relative_margin=0.05`.
+    Every distinct query is compared with every distinct candidate, exactly; see `MiningRules` for
+    what makes a candidate a negative, and `vembed.mining.choosing` for the margins of NV-Retriever
+    (Moreira et al., 2024, arXiv 2407.15831), whose best are those of `relative_margin=0.05`.
 
     Vectors are kept on disk by content, so that a call that was killed goes on where it was when it
     is made again, and writes the same bytes.
@@ -129,25 +128,15 @@ def mine_hard_negatives(
         DataError: if a row cannot be used, or too many are short.
     """
     request = _Request(
-        data=str(data),
-        output=Path(output),
+        data=str(data), output=Path(output),
         model=ModelChoice(model) if isinstance(model, str) else model,
         corpus=Corpus(corpus) if isinstance(corpus, str) else corpus,
-        mode=RetrievalMode.parse(retrieval_mode),
-        column_mapping=column_mapping,
-        split=split,
-        images=images,
-        rules=rules,
-        cross_encoder=cross_encoder,
-        scores=scores,
-        short_rows=short_rows,
-        query_vectors=query_vectors,
-        corpus_vectors=corpus_vectors,
-        kept_cache=None if cache is None else Path(cache),
-        overwrite=overwrite,
-        examples=examples,
-        progress=progress,
-    )
+        mode=RetrievalMode.parse(retrieval_mode), column_mapping=column_mapping, split=split,
+        images=images, rules=rules, cross_encoder=cross_encoder, scores=scores,
+        short_rows=short_rows, query_vectors=query_vectors, corpus_vectors=corpus_vectors,
+        kept_cache=None if cache is None else Path(cache), overwrite=overwrite,
+        examples=examples, progress=progress,
+    )  # fmt: skip
     return _mine(request)
 
 
@@ -219,6 +208,7 @@ def _mine(request: _Request) -> MiningResult:
 
 def _check(request: _Request) -> None:
     """Raise ConfigError about what can be seen before rows are read."""
+    check_faiss()
     check_output(request.output, request.data, overwrite=request.overwrite)
     check_short_rows(request.short_rows)
     Margins(request.rules.absolute_margin, request.rules.relative_margin)
@@ -329,7 +319,6 @@ class _Search:
             self._embedder = Embedder(
                 request.model, request.cache, {"query": mode.query, "document": mode.document}
             )
-        self._device = resolve_device(None if request.model is None else request.model.device)
         self._queries, self._documents = self._vectors("query"), self._vectors("document")
         sizes = [side[np.zeros(1, np.int64)].shape[1] for side in (self._queries, self._documents)]
         if sizes[0] != sizes[1]:
@@ -340,8 +329,9 @@ class _Search:
         self._judge: Judge | None = None
         scores: PairScores = Cosines(self._queries, self._documents)
         if request.cross_encoder is not None:
+            device = resolve_device(None if request.model is None else request.model.device)
             self._judge = scores = Judge(
-                request.cross_encoder, request.cache, pool.queries, pool.documents, self._device
+                request.cross_encoder, request.cache, pool.queries, pool.documents, device
             )
         self.written_scores = scores if request.scores else None
         found = scores(pool.positives)
@@ -366,7 +356,6 @@ class _Search:
                 query_ids_Q=pool.rows.query_ids[pool.first_row_Q],
                 rules=rules,
                 judge=self._judge,
-                device=self._device,
                 advance=advance,
             )
         short_R = np.flatnonzero(chosen.counts_Q[pool.query_R] < rules.num_negatives)

@@ -18,7 +18,7 @@ from vembed.chunking import DEFAULT_CHUNK_TOKENS
 from vembed.errors import ConfigError
 from vembed.evaluation.search import paired_cosines
 from vembed.inference.vector_store import VectorStore, as_keys, pair_key
-from vembed.mining.search import Pairs
+from vembed.mining.pairs import Pairs
 from vembed.mining.vectors import Items, VectorRows
 from vembed.models.cross_encoder import CrossEncoder, is_cross_encoder
 from vembed.models.fingerprint import fingerprint

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from vembed.mining.choosing import Chosen
 from vembed.mining.rows import Pool
-from vembed.mining.search import Excluded
+from vembed.mining.rules import Excluded
 from vembed.modes import Item
 
 

@@ -19,7 +19,7 @@ from vembed.data.problems import RowProblem, list_names
 from vembed.data.sources import BeirCorpusSource, Source, find_source
 from vembed.data.storage import Origin, ShareOfProgress, store_rows
 from vembed.errors import DataError, did_you_mean
-from vembed.mining.search import Pairs
+from vembed.mining.pairs import Pairs
 from vembed.modes import IMAGE, MULTIMODAL, TEXT, Item, RetrievalMode
 
 Ints = NDArray[np.int64]

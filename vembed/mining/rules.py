@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -78,6 +79,39 @@ class MiningRules:
         if self.range_max is None and (is_pool or self.sampling == "random"):
             return self.range_min + _POOL * self.num_negatives
         return self.range_max
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Pairs of a query and a candidate that each rule left out; the first that does so counts.
+
+    Attributes:
+        known: Positives, negatives that the rows had, and the query's own content.
+        rank: Nearer than `range_min`, or farther than `range_max`.
+        min_score: Not similar enough, for queries that found fewer than wanted: those that found
+            enough looked no further.
+        margin: Too near to the positive.
+        max_score: Too similar.
+    """
+
+    known: int = 0
+    rank: int = 0
+    min_score: int = 0
+    margin: int = 0
+    max_score: int = 0
+
+    def __add__(self, other: Excluded) -> Excluded:
+        sums = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Excluded(*(first + second for first, second in sums))
+
+
+def check_faiss() -> None:
+    """Raise ConfigError unless faiss, which searches, is installed."""
+    if find_spec("faiss") is None:
+        raise ConfigError(
+            "mining: searches with faiss, which is not installed. Install it with: "
+            "pip install 'vembed[mining]'"
+        )
 
 
 def check_output(output: Path, data: str, *, overwrite: bool) -> None:

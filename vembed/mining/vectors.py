@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -52,6 +52,12 @@ class Items(Protocol):
     def read(self, numbers: Sequence[int]) -> list[Item]:
         """The items with these numbers."""
         ...
+
+
+def blocks(count: int, size: int) -> Iterator[range]:
+    """Consecutive numbers, `size` at a time."""
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
 
 
 @dataclass(frozen=True)
@@ -183,12 +189,11 @@ class Embedder:
         """
         store = VectorStore(self.folder, self._size())
         keys = np.empty(len(items), dtype=np.int64)
-        for start in range(0, len(items), _CHUNK_ITEMS):
-            numbers = range(start, min(start + _CHUNK_ITEMS, len(items)))
+        for numbers in blocks(len(items), _CHUNK_ITEMS):
             chunk = items.read(numbers)
             # Prompts are in the name of the folder.
             own = as_keys([item_key(item, role, None) for item in chunk])
-            keys[start : numbers.stop] = own
+            keys[numbers.start : numbers.stop] = own
             missing = np.flatnonzero(~store.has(own))
             if len(missing):
                 vectors = self._compute([chunk[n] for n in missing.tolist()], role)

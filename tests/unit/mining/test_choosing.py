@@ -7,8 +7,9 @@ import pytest
 
 from vembed.errors import ConfigError
 from vembed.mining.choosing import choose, margin_limits
-from vembed.mining.rules import MiningRules
-from vembed.mining.search import Excluded, Pairs
+from vembed.mining.pairs import Pairs
+from vembed.mining.rescoring import Cosines
+from vembed.mining.rules import Excluded, MiningRules
 
 COSINES = np.asarray([0.95, 0.9, 0.8, 0.7, 0.5, 0.2, -0.1, -0.6])
 
@@ -80,6 +81,23 @@ def test_a_copy_of_the_positive_is_left_out_at_a_margin_of_zero():
     cosines = np.asarray([0.8, 0.8 - 3e-7, 0.8 + 3e-7, 0.79])
     assert found(mine(MiningRules(absolute_margin=0.0), positives=(0,), cosines=cosines)) == [3]
     assert found(mine(MiningRules(), positives=(0,), cosines=cosines)) == [2, 1, 3]
+
+
+def test_so_is_one_of_4096_numbers_with_every_query():
+    """The search sums in float32, the score of the positive in float64."""
+    rng = np.random.default_rng(0)
+    documents = rng.standard_normal((64, 4096)).astype(np.float32)
+    documents = np.concatenate([documents, 3 * documents])  # row k + 64 is row k, to rounding
+    queries = documents[:64] + rng.standard_normal((64, 4096)).astype(np.float32)
+    own = Pairs(np.arange(64), np.arange(64))
+    chosen = choose(
+        queries, documents, candidates=128, known=own, positives=own,
+        positive_scores_P=Cosines(queries, documents)(own), query_ids_Q=np.arange(64),
+        rules=MiningRules(absolute_margin=0.0),
+    )  # fmt: skip
+    assert (chosen.counts_Q == 3).all()
+    assert not (chosen.documents_QN == np.arange(64, 128)[:, None]).any()
+    assert chosen.excluded.margin == 64
 
 
 @pytest.mark.parametrize("margin", [{"absolute_margin": 2.5}, {"relative_margin": "0.1"}])

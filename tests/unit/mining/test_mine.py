@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from vembed.data import load_dataset_records
 from vembed.errors import ConfigError, DataError
 from vembed.inference import Predictor
 from vembed.mining import Corpus, MiningRules, ModelChoice, mine_hard_negatives, vectors
-from vembed.mining.search import Excluded
+from vembed.mining.rules import Excluded
 from vembed.models.cross_encoder import CrossEncoder
 
 ROWS = [
@@ -340,6 +341,12 @@ def test_what_cannot_be_meant(mine, tmp_path, tiny_st_path):
             mine(**options)
     assert mine(model=str(plain), name="plain.jsonl")[0].written == 27
     assert mine(rules=MiningRules(min_score=0.999), name="none.jsonl")[0].excluded != Excluded()
+
+
+def test_without_faiss_what_to_install_is_told(mine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ConfigError, match=r"pip install 'vembed\[mining\]'"):
+        mine("no.jsonl")
 
 
 def test_nothing_is_left_of_a_file_that_could_not_be_written(mine, rows, tmp_path, monkeypatch):
