@@ -1,8 +1,8 @@
 """The nearest documents that the rules allow, exactly: `faiss.IndexFlatIP` over unit vectors.
 
 Each query gets a list of its nearest candidates, as deep as it needs where few of them are left
-out. Where known pairs, margins or scores use the list up, it gets one twice as deep, until enough
-are found or no candidate is left that could be.
+out. Where known pairs, margins or scores use the list up, it gets one four times as deep, until
+enough are found or no candidate is left that could be.
 
 Similarities are float32. Of equal ones the lower document number goes first; which of several
 that equal the last of a list are on it, faiss decides. The candidates are held in memory as
@@ -33,6 +33,7 @@ _BLOCK_QUERIES_READING = 2**14  # where each block reads all candidates anew
 _PART_CANDIDATES = 2**14  # read at a time
 _HELD_NUMBERS = 2**30  # of all candidates' vectors in memory: 4 GiB
 _LISTED_PAIRS = 2**21  # looked at together: some 200 MiB
+_DEEPER = 4  # times, where a list was used up
 _SPARE = 16  # listed beyond what is wanted, for what rules leave out
 
 
@@ -193,7 +194,7 @@ class _Block:
             rows = np.concatenate(
                 [self._look(rows[part.start : part.stop], depth) for part in parts]
             )
-            depth *= 2
+            depth *= _DEEPER
         return Nearest(block, self._documents_qK, self._cosines_qK, self._excluded)
 
     def _look(self, rows_r: Ints, depth: int) -> Ints:
