@@ -43,12 +43,22 @@ def test_what_it_says(arguments, capsys):
     assert " by margin" in shown[1]
     assert " by max_score" in shown[1]
     assert shown[2].startswith("mean score: positives 0.")
-    assert shown[3].startswith("48 computed in ")
+    assert shown[3].startswith("48 vectors computed in ")
     assert shown[5] == PAIRS[0]["query"]
     assert shown[6].startswith("  + 0.")
     assert shown[6].endswith(PAIRS[0]["positive"])
     assert [line[12:] for line in shown[7 : 7 + len(rows[0]["negatives"])]] == rows[0]["negatives"]
     assert PAIRS[-1]["query"] in shown
+
+
+def test_texts_of_several_lines_are_shown_on_one(arguments, tmp_path, capsys):
+    rows = [{"query": f"who\nis {n}?", "positive": f"It is\n\nnumber {n}."} for n in range(4)]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert main([*arguments, "--show", "1"]) == 0
+    shown = capsys.readouterr().out.splitlines()[5:]
+    assert shown[0] == "who is 0?"
+    assert shown[1].endswith("  It is number 0.")
+    assert [line[:4] for line in shown[1:]] == ["  + ", *["  - "] * 3]
 
 
 def test_what_it_writes_is_trained_on(arguments, tiny_st_path):
@@ -99,10 +109,10 @@ def test_a_killed_one_is_gone_on_with(arguments, tmp_path, capsys):
     assert 3 <= stored < 120  # in the middle of it
     assert not Path("mined.jsonl").exists()
     assert main(arguments) == 0
-    assert f"\n{1200 - 10 * stored:,} computed" in capsys.readouterr().out
+    assert f"\n{1200 - 10 * stored:,} vectors computed" in capsys.readouterr().out
     assert not cache.exists()
     assert main([*arguments, "--output", "whole.jsonl"]) == 0
-    assert "\n1,200 computed" in capsys.readouterr().out
+    assert "\n1,200 vectors computed" in capsys.readouterr().out
     assert Path("mined.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
 
 
@@ -114,6 +124,8 @@ def test_a_killed_one_is_gone_on_with(arguments, tmp_path, capsys):
         (["--output", "rows.jsonl", "--overwrite"], "vembed: output: rows.jsonl is the file of"),
         (["--column_mapping", "query"], "vembed: --column_mapping: expected FIELD=COLUMN. Rec"),
         (["--batch_size", "0"], "vembed: --batch_size: must be at least 1. Received: 0"),
+        (["--relativ_margn", "0.05"], "vembed: vembed mine: unrecognized arguments: "
+         "--relativ_margn 0.05 (did you mean '--relative_margin'"),
         (["--range_max", "many"], "vembed: vembed mine: argument --range_max: invalid int value"),
         (["--show", "-1"], "vembed: --show: must be at least 0. Received: -1"),
         (["--retrieval_mode", "x2t"], "vembed: retrieval_mode: expected two of t (text)"),
@@ -147,6 +159,9 @@ def test_without_faiss_it_says_what_to_install_at_once(arguments, tmp_path):
 def test_an_output_that_is_there_stays(arguments, capsys):
     Path("mined.jsonl").write_text("precious")
     assert main(arguments) == 2
-    assert "mined.jsonl is there already. Name another, or give overw" in capsys.readouterr().err
+    assert (
+        "mined.jsonl is there already. Name another, or give overwrite (--overw"
+        in capsys.readouterr().err
+    )
     assert Path("mined.jsonl").read_text() == "precious"
     assert main([*arguments, "--overwrite"]) == 0

@@ -18,6 +18,7 @@ from vembed.mining.rules import MiningRules, check_faiss, check_output
 if TYPE_CHECKING:
     from vembed.mining import MiningResult
     from vembed.mining.results import Example, Scored
+    from vembed.modes import Item
 
 _RULES = MiningRules()
 
@@ -66,7 +67,11 @@ def main(argv: list[str]) -> int:
         examples=arguments.show,
         progress=progress_bar,
     )
-    sys.stdout.write(_summary(result, rules))
+    sys.stdout.write(
+        _summary(
+            result, rules, "vectors" if arguments.cross_encoder is None else "vectors and scores"
+        )
+    )
     sys.stdout.writelines(map(_shown, result.examples))
     return 0
 
@@ -156,7 +161,7 @@ def _model(arguments: argparse.Namespace) -> Any:
     )
 
 
-def _summary(result: MiningResult, rules: MiningRules) -> str:
+def _summary(result: MiningResult, rules: MiningRules, computed: str) -> str:
     mean = result.negatives / result.written if result.written else 0.0
     pairs = result.queries * result.candidates
     left_out = ", ".join(
@@ -174,7 +179,7 @@ def _summary(result: MiningResult, rules: MiningRules) -> str:
         f"out {left_out or 'none'}",
         f"mean score: positives {_score(result.positive_score)}, "
         f"negatives {_score(result.negative_score)}",
-        f"{result.computed:,} computed in {result.seconds:.1f} s"
+        f"{result.computed:,} {computed} computed in {result.seconds:.1f} s"
         + (f"; kept in {result.cache}" if result.cache is not None else ""),
     ]
     return "\n".join(lines) + "\n"
@@ -195,10 +200,14 @@ def _score(value: float) -> str:
 
 def _shown(example: Example) -> str:
     def line(sign: str, found: Scored) -> str:
-        return f"  {sign} {found.score:.4f}  {shorten(str(found.item), most=100)}\n"
+        return f"  {sign} {found.score:.4f}  {_one_line(found.item)}\n"
 
     return (
-        f"\n{shorten(str(example.query), most=100)}\n"
+        f"\n{_one_line(example.query)}\n"
         + "".join(line("+", found) for found in example.positives)
         + "".join(line("-", found) for found in example.negatives)
     )
+
+
+def _one_line(item: Item) -> str:
+    return shorten(" ".join(str(item).split()), most=100)

@@ -129,7 +129,9 @@ def check_output(output: Path, data: str, *, overwrite: bool) -> None:
     if output.exists() and Path(data).exists() and output.samefile(data):
         raise ConfigError(f"output: {output} is the file of the rows. Name another")
     if output.exists() and not overwrite:
-        raise ConfigError(f"output: {output} is there already. Name another, or give overwrite")
+        raise ConfigError(
+            f"output: {output} is there already. Name another, or give overwrite (--overwrite)"
+        )
 
 
 def check_short_rows(value: str) -> None:
