@@ -282,19 +282,13 @@ def gather_batch(
         counts_positive = to_device(torch.full((len(query),), one_each), query.device)
     documents = cat_items([positive, negative])
     own = _Sizes(len(query), len(positive), len(negative), documents.shape[1])
-    message = torch.cat(
-        [
-            torch.tensor(own),
-            _ids_or_none(ids_query, len(query)),
-            on_host(counts_positive),
-            _ids_or_none(ids_positive, len(positive)),
-            _ids_or_none(ids_negative, len(negative)),
-        ]
+    sizes, ids = _gather_notes(
+        own,
+        _ids_or_none(ids_query, len(query)),
+        on_host(counts_positive),
+        _ids_or_none(ids_positive, len(positive)),
+        _ids_or_none(ids_negative, len(negative)),
     )
-    # On the host, because which pairs to mask decides the sizes of what follows.
-    messages = gather_messages(message)
-    sizes = [_Sizes(*message[: len(own)].tolist()) for message in messages]
-    ids = _join_ids([message[len(own) :] for message in messages], sizes)
     first = sum(size.positives + size.negatives for size in sizes[: process_index()])
     own_documents = ids.document_C[first : first + len(positive) + len(negative)]
     if not share_negatives:
@@ -393,6 +387,21 @@ class _LogSumExpOverProcesses(torch.autograd.Function):
         values_C, total_C = ctx.saved_tensors
         weights_C: Tensor = (values_C - finite(total_C)).exp()
         return weights_C * all_reduce_sum(grad_C)
+
+
+class _Rows(NamedTuple):
+    """What all processes said of their rows."""
+
+    sizes: list[_Sizes]
+    ids: _Ids
+
+
+def _gather_notes(own: _Sizes, *notes: Tensor) -> _Rows:
+    """Tell the others, in one message, and hear them. Collective: every process must call it."""
+    # On the host, because which pairs to mask decides the sizes of what follows.
+    messages = gather_messages(torch.cat([torch.tensor(own), *notes]))
+    sizes = [_Sizes(*message[: len(own)].tolist()) for message in messages]
+    return _Rows(sizes, _join_ids([message[len(own) :] for message in messages], sizes))
 
 
 def _ids_or_none(ids: Tensor | None, count: int) -> Tensor:
